@@ -1,0 +1,247 @@
+// The only file that knows Python. It turns integers into plain structs, checks them (a wrong
+// argument is a ValueError) and calls the operator without the interpreter lock.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/conv_geometry.h"
+#include "common/effective_weight.h"
+#include "cpu/isa.h"
+#include "cpu/ops.h"
+#include "cpu/parallel.h"
+#if defined(PF_HAVE_CUDA)
+#include "cuda/ops.h"
+#endif
+
+namespace py = pybind11;
+
+namespace petite_fast {
+namespace {
+
+using Triple = std::array<int64_t, 3>;
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw py::value_error(message);
+}
+
+std::string got(int64_t value) { return ", got " + std::to_string(value); }
+
+// A tensor as Python passes it: address and element-type code; address 0 means absent.
+struct Operand {
+  void* data;
+  DType dtype;
+};
+
+Operand operand(const char* name, const std::pair<uintptr_t, int>& value, bool required) {
+  require(value.second >= 0 && value.second < kDTypeCount,
+          std::string(name) + ": dtype code must be 0 to 3" + got(value.second));
+  require(value.first != 0 || !required, std::string(name) + " must not be null");
+  return Operand{reinterpret_cast<void*>(value.first), static_cast<DType>(value.second)};
+}
+
+void copy_triple(const Triple& source, int64_t* target) {
+  for (int i = 0; i < 3; ++i) target[i] = source[i];
+}
+
+ConvGeometry geometry_of(int64_t in_channels, int64_t out_channels, int64_t groups,
+                         const Triple& kernel, bool transposed) {
+  require(in_channels > 0, "in_channels must be positive" + got(in_channels));
+  require(out_channels > 0, "out_channels must be positive" + got(out_channels));
+  require(groups > 0 && in_channels % groups == 0 && out_channels % groups == 0,
+          "groups must divide in_channels and out_channels" + got(groups));
+  ConvGeometry g{};
+  g.in_channels = in_channels;
+  g.out_channels = out_channels;
+  g.groups = groups;
+  g.transposed = transposed;
+  copy_triple(kernel, g.kernel);
+  for (int i = 0; i < 3; ++i) {
+    require(kernel[i] > 0, "kernel sizes must be positive" + got(kernel[i]));
+    g.stride[i] = g.dilation[i] = 1;
+  }
+  return g;
+}
+
+EffectiveWeightParams effective_weight_params(
+    const std::pair<uintptr_t, int>& weight, const std::pair<uintptr_t, int>& lora_A,
+    const std::pair<uintptr_t, int>& lora_B, const std::pair<uintptr_t, int>& gamma,
+    const std::pair<uintptr_t, int>& out, int64_t in_channels, int64_t out_channels,
+    int64_t groups, const Triple& kernel, int64_t rank, double scale, bool transposed) {
+  const ConvGeometry g = geometry_of(in_channels, out_channels, groups, kernel, transposed);
+  const int64_t rows = weight_rows(g);
+  const int64_t cols = weight_cols(g);
+  const Operand a = operand("lora_A", lora_A, false);
+  const Operand b = operand("lora_B", lora_B, false);
+  require((a.data == nullptr) == (b.data == nullptr), "lora_A and lora_B come together");
+  require(rank > 0 || a.data == nullptr, "rank must be positive" + got(rank));
+  const Operand w = operand("weight", weight, true);
+  const Operand y = operand("out", out, true);
+  const Operand scales = operand("gamma", gamma, false);
+  EffectiveWeightParams p{};
+  p.geometry = g;
+  p.scale = scale;
+  p.weight = matrix_view(w.data, w.dtype, rows, cols, cols, 1);
+  p.out = matrix_view(y.data, y.dtype, rows, cols, cols, 1);
+  p.gamma = vector_view(scales.data, scales.dtype, out_channels);
+  if (transposed) {  // U is A (rank, C), V is B (rank, O/g * k)
+    p.row_factor = matrix_view(a.data, a.dtype, rank, rows, rows, 1);
+    p.col_factor = matrix_view(b.data, b.dtype, rank, cols, cols, 1);
+  } else {  // U is B (O, rank) read by columns, V is A (rank, C/g * k)
+    p.row_factor = matrix_view(b.data, b.dtype, rank, rows, 1, rank);
+    p.col_factor = matrix_view(a.data, a.dtype, rank, cols, cols, 1);
+  }
+  return p;
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+std::vector<std::string> names(const std::vector<Isa>& isas) {
+  std::vector<std::string> result;
+  for (Isa isa : isas) result.push_back(isa_name(isa));
+  return result;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = PF_VERSION;
+  info["compiler"] = compiler();
+  info["isa"] = isa_name(current_isa());
+  info["isas_built"] = names(built_isas());
+  info["isas_usable"] = names(usable_isas());
+#if defined(PF_HAVE_CUDA)
+  info["cuda"] = true;
+  info["cuda_version"] = cuda::toolkit_version();
+  info["cuda_archs"] = PF_CUDA_ARCHS;
+#else
+  info["cuda"] = false;
+  info["cuda_version"] = py::none();
+  info["cuda_archs"] = py::none();
+#endif
+  return info;
+}
+
+void bind_effective_weight(py::module_& m, py::module_& testing) {
+  using Address = std::pair<uintptr_t, int>;
+  m.def(
+      "effective_weight",
+      [](const Address& weight, const Address& lora_A, const Address& lora_B, const Address& gamma,
+         const Address& out, int64_t in_channels, int64_t out_channels, int64_t groups,
+         const Triple& kernel, int64_t rank, double scale, bool transposed, int threads) {
+        const EffectiveWeightParams p =
+            effective_weight_params(weight, lora_A, lora_B, gamma, out, in_channels, out_channels,
+                                    groups, kernel, rank, scale, transposed);
+        require(threads > 0, "threads must be positive" + got(threads));
+        py::gil_scoped_release release;
+        effective_weight(p, threads);
+      },
+      "W_eff = gamma * (W + scale * B.A) on the CPU. Tensors are (address, dtype code); all dense.");
+#if defined(PF_HAVE_CUDA)
+  m.def(
+      "effective_weight_cuda",
+      [](const Address& weight, const Address& lora_A, const Address& lora_B, const Address& gamma,
+         const Address& out, int64_t in_channels, int64_t out_channels, int64_t groups,
+         const Triple& kernel, int64_t rank, double scale, bool transposed, int device,
+         uintptr_t stream) {
+        const EffectiveWeightParams p =
+            effective_weight_params(weight, lora_A, lora_B, gamma, out, in_channels, out_channels,
+                                    groups, kernel, rank, scale, transposed);
+        require(device >= 0, "device must not be negative" + got(device));
+        py::gil_scoped_release release;
+        cuda::launch_effective_weight(p, device, reinterpret_cast<void*>(stream));
+      },
+      "The same on a CUDA device, enqueued on `stream`.");
+  m.def("cuda_why_not", &cuda::why_not,
+        "Why the kernels cannot run on this device; empty when they can.");
+#endif
+  testing.def(
+      "emulate_effective_weight",
+      [](const Address& weight, const Address& lora_A, const Address& lora_B, const Address& gamma,
+         const Address& out, int64_t in_channels, int64_t out_channels, int64_t groups,
+         const Triple& kernel, int64_t rank, double scale, bool transposed, int threads) {
+        const EffectiveWeightParams p =
+            effective_weight_params(weight, lora_A, lora_B, gamma, out, in_channels, out_channels,
+                                    groups, kernel, rank, scale, transposed);
+        require(threads > 0, "threads must be positive" + got(threads));
+        emulate_effective_weight(p, threads);
+      },
+      "The CUDA kernel's phases on the host, with blocks of `threads` virtual threads.");
+}
+
+// The index and conversion functions that host and device share, for the tests.
+void bind_testing(py::module_& testing) {
+  testing.def("output_size", [](const Triple& input, const Triple& kernel, const Triple& stride,
+                                const Triple& padding, const Triple& dilation,
+                                const Triple& output_padding, bool transposed) {
+    ConvGeometry g = geometry_of(1, 1, 1, kernel, transposed);
+    copy_triple(stride, g.stride);
+    copy_triple(padding, g.padding);
+    copy_triple(dilation, g.dilation);
+    copy_triple(output_padding, g.output_padding);
+    return Triple{output_size(g, 0, input[0]), output_size(g, 1, input[1]),
+                  output_size(g, 2, input[2])};
+  });
+  testing.def("input_coordinate", [](int64_t output, int64_t tap, int64_t input, int64_t kernel,
+                                     int64_t stride, int64_t padding, int64_t dilation,
+                                     bool transposed) {
+    ConvGeometry g = geometry_of(1, 1, 1, Triple{kernel, 1, 1}, transposed);
+    g.stride[0] = stride;
+    g.padding[0] = padding;
+    g.dilation[0] = dilation;
+    return input_coordinate(g, 0, output, tap, input);
+  });
+  testing.def("offset_of", [](const std::vector<int64_t>& stride,
+                              const std::vector<int64_t>& index) {
+    require(stride.size() <= kMaxDims && stride.size() == index.size(),
+            "stride and index must have one length, at most " + std::to_string(kMaxDims));
+    TensorView view{};
+    view.dims = static_cast<int32_t>(stride.size());
+    for (size_t i = 0; i < stride.size(); ++i) view.stride[i] = stride[i];
+    return offset_of(view, index.data());
+  });
+  testing.def("to_bfloat16", [](double value) { return round_from<BFloat16>(value).bits; });
+  testing.def("to_float16", [](double value) { return round_from<Float16>(value).bits; });
+  testing.def("from_bfloat16", [](uint16_t bits) { return to_float(BFloat16{bits}); });
+  testing.def("from_float16", [](uint16_t bits) { return to_float(Float16{bits}); });
+  testing.def(
+      "parallel_sum",
+      [](int64_t count, int threads, int64_t fail_at) {
+        std::vector<int64_t> seen(static_cast<size_t>(count), 0);
+        {
+          py::gil_scoped_release release;
+          parallel_for(count, 1, threads, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+              if (i == fail_at) throw std::runtime_error("failed at " + std::to_string(i));
+              seen[static_cast<size_t>(i)] += i;
+            }
+          });
+        }
+        int64_t sum = 0;
+        for (int64_t value : seen) sum += value;
+        return sum;
+      },
+      "Sum of 0..count-1 by a parallel loop; throws inside the loop at item `fail_at`.");
+}
+
+}  // namespace
+}  // namespace petite_fast
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "petite_fast's compiled operators; use petite_fast.backends.native.";
+  py::module_ testing = m.def_submodule("testing", "Hooks for the tests.");
+  m.def("build_info", &petite_fast::build_info);
+  m.def("set_isa", &petite_fast::set_isa, "Choose the CPU instruction set by name.");
+  petite_fast::bind_effective_weight(m, testing);
+  petite_fast::bind_testing(testing);
+}

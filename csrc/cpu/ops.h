@@ -1,0 +1,23 @@
+// CPU operators: one implementation per instruction set, and the function that picks one.
+#pragma once
+
+#include "common/effective_weight.h"
+
+namespace petite_fast {
+
+#define PF_DECLARE_CPU_OPS(isa)                                        \
+  namespace isa {                                                      \
+  void effective_weight(const EffectiveWeightParams& p, int threads); \
+  }
+
+PF_DECLARE_CPU_OPS(baseline)
+PF_DECLARE_CPU_OPS(avx2)
+PF_DECLARE_CPU_OPS(avx512)
+#undef PF_DECLARE_CPU_OPS
+
+void effective_weight(const EffectiveWeightParams& p, int threads);
+
+// Runs the phases of the CUDA kernel on the host, block by block with `threads` virtual threads.
+void emulate_effective_weight(const EffectiveWeightParams& p, int threads);
+
+}  // namespace petite_fast

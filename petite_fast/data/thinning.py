@@ -1,0 +1,49 @@
+"""Short scans from standard ones: keep a random part of the counts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def thin(
+    image: np.ndarray, fraction: float, rng: np.random.Generator, counts: float | None = None
+) -> np.ndarray:
+    """Thin a standard scan to what a scan of `fraction` of its duration would have seen.
+
+    Voxel v of the standard scan holds n_v counts, n = image / unit. Each count falls into the
+    short scan with probability `fraction`, so k_v ~ Binomial(n_v, fraction) and the result is
+
+        short_v = k_v * unit / fraction         E[short] = image,  k_v <= n_v (nested)
+
+    which is exactly the law of a 5-minute frame inside a 30-minute scan (fraction 1/6) when
+    the n_v are Poisson counts.
+
+    Args:
+        image: any shape; Bq/mL, SUV or counts. Negative voxels hold no counts.
+        fraction: duration of the short scan over that of the standard one, in (0, 1].
+        rng: source of the randomness.
+        counts: total counts that `image` stands for: unit = sum(image) / counts. The n_v
+            are then rounded up or down at random without bias. A reconstruction is noisier
+            than its voxels' share of the measured counts says, so for a real volume this is a
+            *noise-equivalent* number: about 10 per voxel of the body looks like a clinical
+            short frame. None: `image` is counts already (unit 1).
+
+    Returns:
+        float32 array of the shape and in the units of `image`.
+
+    Raises:
+        ValueError: `fraction` outside (0, 1], `counts` not positive, or `image` without signal.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}, wanted a number in (0, 1]")
+    if counts is not None and not counts > 0:
+        raise ValueError(f"counts is {counts}, wanted a positive number")
+    positive = np.maximum(image, 0).astype(np.float64)
+    total = float(positive.sum())
+    if not (np.isfinite(total) and total > 0):
+        raise ValueError(f"image sums to {total}, wanted a finite image with signal")
+    unit = 1.0 if counts is None else total / counts
+    expected = positive / unit
+    whole = np.floor(expected)
+    n = (whole + (rng.random(expected.shape) < expected - whole)).astype(np.int64)
+    return (rng.binomial(n, fraction) * (unit / fraction)).astype(np.float32)

@@ -1,0 +1,65 @@
+"""The bottleneck adapter (Houlsby et al., ICML 2019)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from petite_fast.ops import bottleneck
+
+ACTIVATIONS = ("gelu", "relu")
+
+
+class BottleneckAdapter(nn.Module):
+    """y = x + up(act(down(x))) on tokens [..., C]; only x is kept for the backward pass.
+
+    `down` C -> hidden starts random, `up` hidden -> C starts at zero (weight and bias): the adapter
+    starts as the identity, `up` learns from the first step and `down` from the second.
+
+    Args:
+        channels: C.
+        reduction: hidden = max(1, C // reduction).
+        hidden: width of the bottleneck; overrides `reduction`.
+        activation: "gelu" (exact) or "relu".
+
+    Raises:
+        ValueError: a size is less than 1, or the activation is unknown.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 8,
+        *,
+        hidden: int | None = None,
+        activation: str = "gelu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: got {activation!r}, wanted one of {ACTIVATIONS}")
+        for name, value in (("channels", channels), ("reduction", reduction), ("hidden", hidden)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value!r}, wanted a positive int")
+        width = max(1, channels // reduction) if hidden is None else hidden
+        self.activation = activation
+        self.down = nn.Linear(channels, width, device=device, dtype=dtype)
+        self.up = nn.Linear(width, channels, device=device, dtype=dtype)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        return bottleneck(
+            x,
+            self.down.weight,
+            self.down.bias,
+            self.up.weight,
+            self.up.bias,
+            activation=self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        """The activation, for `print(module)`."""
+        return f"activation={self.activation!r}"

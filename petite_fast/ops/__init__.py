@@ -1,0 +1,57 @@
+"""Functions: formula, what is kept for backward, which backend runs it."""
+
+import torch
+
+from petite_fast.ops.adapted_conv import adapted_conv
+from petite_fast.ops.adapted_linear import adapted_linear
+from petite_fast.ops.bottleneck import bottleneck
+from petite_fast.ops.library import effective_weight as _effective_weight
+from petite_fast.ops.memory import saved_bytes
+from petite_fast.ops.scale_shift import frozen_batch_norm, scale_shift
+
+__all__ = [
+    "adapted_conv",
+    "adapted_linear",
+    "bottleneck",
+    "effective_weight",
+    "frozen_batch_norm",
+    "saved_bytes",
+    "scale_shift",
+]
+
+
+def effective_weight(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor | None = None,
+    lora_B: torch.Tensor | None = None,
+    scale: float = 1.0,
+    gamma: torch.Tensor | None = None,
+    *,
+    groups: int = 1,
+    transposed: bool = False,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """W_eff = gamma * (W + scale * B.A), built in float32 (float64 for float64), rounded once.
+
+    Plain:      ``W_eff[o, ...] = gamma[o] * (W[o, ...] + scale * sum_q B[o, q] A[q, ...])``
+    Transposed: ``W_eff[c, o, ...] = gamma[g(c), o] * (W[c, o, ...] + scale * sum_q A[q, c] B[q, o, ...])``
+
+    Not differentiable: it is what `adapted_conv` computes with, and what `merge` returns.
+
+    Args:
+        weight: [O, C/groups, ...]; transposed [C, O/groups, ...].
+        lora_A: [r, C/groups, ...]; transposed [r, C, 1, ...].
+        lora_B: [O, r]; transposed [r, O/groups, ...].
+        scale: lora_alpha / r.
+        gamma: [O].
+        groups: channel groups.
+        transposed: which of the two forms.
+        dtype: of the result; default: the weight's.
+
+    Returns:
+        A new tensor of the shape of `weight`, contiguous.
+    """
+    with torch.no_grad():
+        return _effective_weight(  # type: ignore[no-any-return]
+            weight, lora_A, lora_B, float(scale), gamma, groups, transposed, dtype or weight.dtype
+        )

@@ -1,0 +1,304 @@
+"""The one autograd.Function behind adapted_conv and adapted_linear.
+
+    W_eff = gamma * (W + s * B.A)        b_eff = gamma * b + beta        y = map(x, W_eff, b_eff)
+
+A `Map` (convolution, transposed convolution, linear) supplies the linear algebra; this file
+supplies the calculus: what is kept, how W_eff is rebuilt, which weight gradient is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from petite_fast.backends.eager import scale_outputs
+from petite_fast.ops import library
+from petite_fast.ops.library import below_autocast
+
+# dgamma is read off the output as sum dy (y - beta) / gamma only where that division is harmless.
+SMALLEST_GAMMA = 1e-2
+LARGEST_SHIFT = 10.0  # of |beta / gamma|
+
+
+class Map(Protocol):
+    """A linear map with a weight; immutable. `r` channels per group are the low-rank space."""
+
+    groups: int
+    transposed: bool
+
+    def forward(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """y = map(x, weight, bias)."""
+
+    def grad_input(
+        self, grad_y: torch.Tensor, weight: torch.Tensor, size: torch.Size
+    ) -> torch.Tensor:
+        """grad_x, of shape `size`."""
+
+    def grad_weight(
+        self, grad_y: torch.Tensor, x: torch.Tensor, size: torch.Size
+    ) -> torch.Tensor:
+        """grad_weight, of shape `size`."""
+
+    def grad_bias(self, grad_y: torch.Tensor) -> torch.Tensor:
+        """Sum of grad_y over all but the channels, in float32 (float64 for float64)."""
+
+    def low_rank_input(self, x: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
+        """t = A*x, r channels per group: what B sees of x."""
+
+    def low_rank_grad_A(
+        self,
+        grad_y: torch.Tensor,
+        x: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        gamma: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """d(loss)/dA for scale 1, through G = (gamma B)' grad_y."""
+
+    def low_rank_grad_B(
+        self,
+        grad_y: torch.Tensor,
+        t: torch.Tensor,
+        lora_B: torch.Tensor,
+        gamma: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """d(loss)/dB for scale 1, through t."""
+
+    def low_rank_is_smaller(self, x: torch.Tensor, lora_A: torch.Tensor) -> bool:
+        """Whether t takes less memory than x."""
+
+    def low_rank_is_faster(self, weight: torch.Tensor, r: int) -> bool:
+        """Whether the low-rank weight gradient beats the full one."""
+
+
+class Plan(NamedTuple):
+    """What the forward keeps for the backward, and which weight gradient is used."""
+
+    keep: str  # "nothing" | "x" | "t" | "y"
+    low_rank: bool
+
+
+class Settings(NamedTuple):
+    """Everything of a call that is not a tensor."""
+
+    map: Map
+    scale: float
+    dtype: torch.dtype
+    plan: Plan
+
+
+def apply(
+    map_: Map,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: torch.Tensor | None,
+    lora_B: torch.Tensor | None,
+    scale: float,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+) -> torch.Tensor:
+    """Cast x as autocast asks, choose what to keep, run the Function."""
+    dtype = compute_dtype(x, weight)
+    plan = make_plan(map_, x, weight, lora_A, lora_B, gamma, beta)
+    settings = Settings(map_, scale, dtype, plan)
+    return _Adapted.apply(
+        x.to(dtype), weight, bias, lora_A, lora_B, gamma, beta, settings
+    )  # type: ignore[no-any-return]
+
+
+def compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The autocast dtype under autocast, else the dtype of x, which must be the weight's.
+
+    Raises:
+        TypeError: x and weight differ and no autocast says which to use.
+    """
+    kind = x.device.type
+    if (
+        torch.amp.is_autocast_available(kind)
+        and torch.is_autocast_enabled(kind)
+        and x.dtype != torch.float64
+    ):
+        return torch.get_autocast_dtype(kind)
+    if x.dtype != weight.dtype:
+        raise TypeError(
+            f"x: got {x.dtype}, wanted {weight.dtype}, the dtype of the weight (or autocast)"
+        )
+    return x.dtype
+
+
+def make_plan(
+    map_: Map,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor | None,
+    lora_B: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+) -> Plan:
+    """The saved-tensor table: nothing, r channels (LoRA-FA), the output (SSF) or x."""
+    if not torch.is_grad_enabled():
+        return Plan("nothing", False)
+    trains_a = lora_A is not None and lora_A.requires_grad
+    trains_b = lora_B is not None and lora_B.requires_grad
+    trains_gamma = gamma is not None and gamma.requires_grad
+    if weight.requires_grad or (trains_gamma and (trains_a or trains_b)):
+        return Plan("x", False)
+    if trains_gamma:
+        return Plan("y" if _readable_from_output(gamma, beta) else "x", False)
+    if lora_A is not None and (trains_a or trains_b):
+        if not trains_a and map_.low_rank_is_smaller(x, lora_A):
+            return Plan("t", True)
+        return Plan("x", map_.low_rank_is_faster(weight, lora_A.shape[0]))
+    return Plan("nothing", False)
+
+
+def _readable_from_output(gamma: torch.Tensor | None, beta: torch.Tensor | None) -> bool:
+    """Whether every channel's pre-scale value can be had from y without loss.
+
+    It looks at gamma's values, which a compiled graph or a CUDA graph cannot: there the answer
+    is no, and x is kept, which is always right.
+    """
+    if gamma is None or torch.compiler.is_compiling():
+        return False
+    if gamma.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    size = gamma.detach().abs()
+    readable = size >= SMALLEST_GAMMA
+    if beta is not None:
+        readable = readable & (beta.detach().abs() <= LARGEST_SHIFT * size)
+    return bool(readable.all())
+
+
+class _Adapted(torch.autograd.Function):
+    """Keeps what `Plan` says and the parameters; rebuilds W_eff in backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        lora_A: torch.Tensor | None,
+        lora_B: torch.Tensor | None,
+        gamma: torch.Tensor | None,
+        beta: torch.Tensor | None,
+        settings: Settings,
+    ) -> torch.Tensor:
+        y = below_autocast(_run)(x, weight, bias, lora_A, lora_B, gamma, beta, settings)
+        keep = settings.plan.keep
+        kept = None
+        if keep == "t" and lora_A is not None:
+            kept = settings.map.low_rank_input(x, lora_A.to(settings.dtype))
+        elif keep != "nothing":
+            kept = x if keep == "x" else y
+        ctx.settings = settings
+        ctx.x_size = x.shape
+        # bias and beta are read only for grad_gamma; everything kept here is a parameter or `kept`.
+        ctx.save_for_backward(kept, weight, bias, lora_A, lora_B, gamma, beta)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: torch.Tensor) -> Any:  # type: ignore[override]
+        return below_autocast(_gradients)(grad_y, ctx)
+
+
+def _run(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: torch.Tensor | None,
+    lora_B: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    settings: Settings,
+) -> torch.Tensor:
+    w = _build_weight(settings, weight, lora_A, lora_B, gamma)
+    if bias is not None and gamma is not None:
+        bias = gamma * bias
+    if beta is not None:
+        bias = beta if bias is None else bias + beta
+    return settings.map.forward(x, w, None if bias is None else bias.to(settings.dtype))
+
+
+def _build_weight(
+    settings: Settings,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor | None,
+    lora_B: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+) -> torch.Tensor:
+    if lora_A is None and gamma is None:
+        return weight.to(settings.dtype)
+    return library.effective_weight(
+        weight, lora_A, lora_B, settings.scale, gamma, settings.map.groups,
+        settings.map.transposed, settings.dtype,
+    )  # fmt: skip
+
+
+def _gradients(grad_y: torch.Tensor, ctx: Any) -> tuple[torch.Tensor | None, ...]:
+    settings: Settings = ctx.settings
+    map_, scale, dtype, plan = settings
+    kept, weight, bias, lora_A, lora_B, gamma, beta = ctx.saved_tensors
+    need_x, need_w, need_b, need_a, need_B, need_gamma, need_beta = ctx.needs_input_grad[:7]
+    grad_x = grad_w = grad_b = grad_a = grad_B = grad_gamma = grad_beta = None
+
+    if need_x:
+        w_eff = _build_weight(settings, weight, lora_A, lora_B, gamma)
+        grad_x = map_.grad_input(grad_y, w_eff, ctx.x_size)
+
+    if need_b or need_beta or need_gamma:
+        total = map_.grad_bias(grad_y)
+        if need_beta:
+            grad_beta = total.to(beta.dtype)
+        if need_b:
+            grad_b = (total if gamma is None else total * gamma).to(bias.dtype)
+        if need_gamma and plan.keep == "y":
+            grad_gamma = map_.grad_bias(grad_y * kept)
+            if beta is not None:
+                grad_gamma = grad_gamma - total * beta
+            grad_gamma = (grad_gamma / gamma).to(gamma.dtype)
+
+    if plan.low_rank and (need_a or need_B):
+        a, b = lora_A.to(dtype), lora_B.to(dtype)
+        if need_a:
+            grad_a = map_.low_rank_grad_A(grad_y, kept, a, b, gamma)
+            grad_a = (grad_a * scale).to(lora_A.dtype)
+        if need_B:
+            t = kept if plan.keep == "t" else map_.low_rank_input(kept, a)
+            grad_B = (map_.low_rank_grad_B(grad_y, t, b, gamma) * scale).to(lora_B.dtype)
+    elif plan.keep == "x" and (need_w or need_a or need_B or need_gamma):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        grad = map_.grad_weight(grad_y, kept, weight.shape).to(wide)
+        if need_gamma:
+            plain = library.effective_weight(
+                weight, lora_A, lora_B, scale, None, map_.groups, map_.transposed, wide
+            )
+            grad_gamma = _sum_outputs(grad * plain, map_)
+            if bias is not None:
+                grad_gamma = grad_gamma + total * bias
+            grad_gamma = grad_gamma.to(gamma.dtype)
+        if gamma is not None:
+            grad = scale_outputs(grad, gamma.to(wide), map_.groups, map_.transposed)
+        if need_w:
+            grad_w = grad.to(weight.dtype)
+        if need_a or need_B:
+            rows, a, b = grad.flatten(1), lora_A.to(wide).flatten(1), lora_B.to(wide).flatten(1)
+            if need_a:
+                grad_a = b @ rows.t() if map_.transposed else b.t() @ rows
+                grad_a = (grad_a * scale).to(lora_A.dtype).view(lora_A.shape)
+            if need_B:
+                grad_B = a @ rows if map_.transposed else rows @ a.t()
+                grad_B = (grad_B * scale).to(lora_B.dtype).view(lora_B.shape)
+    return grad_x, grad_w, grad_b, grad_a, grad_B, grad_gamma, grad_beta, None
+
+
+def _sum_outputs(weight: torch.Tensor, map_: Map) -> torch.Tensor:
+    """Sum over everything but the output channels: adjoint of `scale_outputs`. -> (O,)."""
+    if not map_.transposed:
+        return weight.flatten(1).sum(1)
+    return weight.flatten(2).sum(2).unflatten(0, (map_.groups, -1)).sum(1).flatten()

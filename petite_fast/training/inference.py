@@ -1,0 +1,127 @@
+"""Reconstruct whole volumes: normalise, slide the network over them, undo the normalisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from petite_fast.data.normalise import Normaliser
+from petite_fast.data.volume import read_volume, write_like
+from petite_fast.errors import InputError
+
+SUFFIX = "_desc-petite"
+_DIVISOR = 16  # the generator halves its grid four times
+_WINDOWS_PER_CALL = 4
+
+
+@dataclass(frozen=True)
+class Reconstructor:
+    """A network with what it needs to know about volumes.
+
+    Attributes:
+        network: short scan to standard scan on [N, 1, X, Y, Z].
+        patch: sides of the sliding window in voxels, those of training; each is rounded up to a
+            multiple of 16.
+        normaliser: the one the network was trained with.
+    """
+
+    network: nn.Module
+    patch: tuple[int, int, int]
+    normaliser: Normaliser
+
+    def array(self, short: np.ndarray, where: str | Path = "the input") -> np.ndarray:
+        """Reconstruct [X, Y, Z] float32, any sides, in the units of `short`.
+
+        Windows of `patch` overlap by half and are averaged with equal weights (as published). A
+        volume smaller than the window is padded with zeros and cropped back.
+
+        Args:
+            short: the short scan, [X, Y, Z].
+            where: names the volume in errors.
+
+        Raises:
+            InputError: the volume has no signal or is not finite.
+        """
+        from monai.inferers import sliding_window_inference
+
+        record = self.normaliser.fit(short, where)
+        device = next(self.network.parameters()).device
+        x = torch.from_numpy(self.normaliser.apply(short, record).astype(np.float32))[None, None]
+        self.network.eval()
+        with torch.inference_mode():
+            # windows run on the network's device, the volume is put together on the CPU
+            y = sliding_window_inference(
+                x,
+                roi_size=[_DIVISOR * math.ceil(side / _DIVISOR) for side in self.patch],
+                sw_batch_size=_WINDOWS_PER_CALL,
+                predictor=self.network,
+                overlap=0.5,
+                mode="constant",
+                sw_device=device,
+                device="cpu",
+            )
+        return self.normaliser.inverse(y[0, 0].numpy(), record)
+
+    def file(self, path: Path, out: Path) -> Path:
+        """Reconstruct one NIfTI into folder `out`, on its own grid; the file written.
+
+        Raises:
+            InputError: the file cannot be used; see `read_volume`.
+            OSError: the result cannot be written; nothing is left behind.
+        """
+        volume = read_volume(path)
+        return write_like(volume, self.array(volume.array, path), output_path(path, out))
+
+
+def output_path(path: Path, out: Path) -> Path:
+    """Where the reconstruction of `path` goes: its own stem, so nothing from the header leaks."""
+    return out / f"{_stem(path)}{SUFFIX}.nii.gz"
+
+
+def find_inputs(path: Path) -> list[Path]:
+    """The NIfTI files that `path`, a file or a folder, stands for; own outputs are left out.
+
+    Raises:
+        InputError: nothing there, or two files whose results would have one name.
+    """
+    if not path.is_dir():
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder")
+        return [path]
+    found = sorted(
+        p
+        for p in path.iterdir()
+        if p.name.lower().endswith((".nii", ".nii.gz")) and not p.name.startswith(".")
+        and not _stem(p).endswith(SUFFIX)
+    )  # fmt: skip
+    if not found:
+        raise InputError(f"{path}: no NIfTI file (.nii, .nii.gz) in this folder")
+    check_distinct(found)
+    return found
+
+
+def check_distinct(paths: Sequence[Path]) -> None:
+    """Refuse inputs whose results would overwrite each other.
+
+    Raises:
+        InputError: two paths have one stem.
+    """
+    first: dict[str, Path] = {}
+    for path in paths:
+        other = first.setdefault(_stem(path), path)
+        if other != path:
+            raise InputError(f"{path} and {other} would have one output name; rename one of them")
+
+
+def _stem(path: Path) -> str:
+    name = path.name
+    for ending in (".nii.gz", ".nii"):
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return path.stem
