@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from petite_fast.ops import bottleneck
-
-ACTIVATIONS = ("gelu", "relu")
+from petite_fast.ops.bottleneck import ACTIVATIONS
 
 
 class BottleneckAdapter(nn.Module):

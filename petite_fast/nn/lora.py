@@ -94,6 +94,20 @@ class LoRALayer(nn.Module):
     train_a: bool
     _folded: _Folded | None = None
 
+    def __init__(
+        self,
+        *args: Any,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        train_a: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        check_rank(r, lora_dropout)
+        super().__init__(*args, **kwargs)
+        freeze(self)
+        self._add_lora(r, lora_alpha, lora_dropout, train_a, None)
+
     def _lora_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of lora_A and lora_B."""
         raise NotImplementedError
@@ -139,6 +153,19 @@ class LoRALayer(nn.Module):
         freeze(module)
         module._add_lora(r, lora_alpha, lora_dropout, train_a, adapter_dtype)  # type: ignore[operator]
         return module
+
+    @classmethod
+    def _from(cls, module: Any, r: int, lora_alpha: float, options: dict[str, Any]) -> Any:
+        check_rank(r, options.get("lora_dropout", 0.0))
+        return cls.convert_(_plain_twin(module, cls.torch_class), r, lora_alpha, **options)
+
+    def merge(self) -> Any:
+        """A plain torch layer with weight W_eff and a copy of the bias; exact, and independent."""
+        plain = _plain_twin(self, self.torch_class)
+        plain.weight = nn.Parameter(self.effective_weight())
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.detach().clone())
+        return plain
 
     def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W_eff, in `dtype` (default: the weight's); never the weight itself."""
@@ -216,22 +243,6 @@ class LoRALayer(nn.Module):
 
 
 class _LoRAConv(LoRALayer):
-    """Constructor, from_conv and merge of the two convolutions."""
-
-    def __init__(
-        self,
-        *args: Any,
-        r: int = 8,
-        lora_alpha: float = 16,
-        lora_dropout: float = 0.0,
-        train_a: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        check_rank(r, lora_dropout)
-        super().__init__(*args, **kwargs)
-        freeze(self)
-        self._add_lora(r, lora_alpha, lora_dropout, train_a, None)
-
     @classmethod
     def from_conv(cls, conv: Any, r: int = 8, lora_alpha: float = 16, **options: Any) -> Any:
         """An adapted layer that shares the weight and bias of `conv`, which are frozen with it.
@@ -248,13 +259,7 @@ class _LoRAConv(LoRALayer):
         """
         if type(conv) is not cls.frozen_class:
             require_type(conv, cls.torch_class, f"{cls.__name__}.from_conv")
-        check_rank(r, options.get("lora_dropout", 0.0))
-        return cls.convert_(conv_like(conv, cls.torch_class), r, lora_alpha, **options)  # type: ignore[type-var]
-
-    def merge(self) -> Any:
-        """A plain torch layer with weight W_eff and a copy of the bias; exact, and independent."""
-        merged = conv_like(self, self.torch_class)  # type: ignore[type-var, arg-type]
-        return _give_parameters(merged, self)
+        return cls._from(conv, r, lora_alpha, options)
 
 
 class LoRAConv3d(_LoRAConv, nn.Conv3d):
@@ -342,30 +347,15 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     lora_A (r, in), lora_B (out, r). Otherwise as LoRAConv3d.
 
+    Args: those of torch.nn.Linear, and by keyword ``r=8, lora_alpha=16, lora_dropout=0.0,
+        train_a=True``.
+
     Raises:
         ValueError: `r` is not a positive int, or `lora_dropout` is outside [0, 1).
     """
 
     torch_class: ClassVar[type[nn.Module]] = nn.Linear
     frozen_class: ClassVar[type[nn.Module]] = nn.Linear
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        r: int = 8,
-        lora_alpha: float = 16,
-        lora_dropout: float = 0.0,
-        train_a: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        check_rank(r, lora_dropout)
-        super().__init__(in_features, out_features, bias, device, dtype)
-        freeze(self)
-        self._add_lora(r, lora_alpha, lora_dropout, train_a, None)
 
     @classmethod
     def from_linear(
@@ -384,11 +374,7 @@ class LoRALinear(LoRALayer, nn.Linear):
             ValueError: `r` is not a positive int, or `lora_dropout` is outside [0, 1).
         """
         require_type(linear, nn.Linear, f"{cls.__name__}.from_linear")
-        return cls.convert_(_linear_like(linear), r, lora_alpha, **options)  # type: ignore[no-any-return]
-
-    def merge(self) -> nn.Linear:
-        """A plain torch layer with weight W_eff and a copy of the bias; exact, and independent."""
-        return _give_parameters(_linear_like(self), self)
+        return cls._from(linear, r, lora_alpha, options)  # type: ignore[no-any-return]
 
     def _lora_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (r, self.in_features), (self.out_features, r)
@@ -406,19 +392,10 @@ class LoRALinear(LoRALayer, nn.Linear):
         return F.linear(low, lora_B.to(x.dtype) * self.scaling)
 
 
-def _linear_like(linear: nn.Linear) -> nn.Linear:
-    """A new plain Linear that shares the parameters of `linear`."""
-    new = nn.Linear(
-        linear.in_features, linear.out_features, linear.bias is not None, device="meta"
-    )
-    new.weight, new.bias = linear.weight, linear.bias
-    return new.train(linear.training)
-
-
-def _give_parameters(plain: Any, adapted: LoRALayer) -> Any:
-    """`plain` with parameters of its own: W_eff and a copy of the bias."""
-    with torch.no_grad():
-        plain.weight = nn.Parameter(adapted.effective_weight().detach())
-        if adapted.bias is not None:
-            plain.bias = nn.Parameter(adapted.bias.detach().clone())
-    return plain
+def _plain_twin(module: Any, torch_class: Any) -> Any:
+    """A new `torch_class` that shares the parameters of `module`."""
+    if torch_class is not nn.Linear:
+        return conv_like(module, torch_class)
+    new = nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta")
+    new.weight, new.bias = module.weight, module.bias
+    return new.train(module.training)

@@ -38,11 +38,7 @@ class ScaleShift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as x."""
-        if self.channel_dim == 1:
-            return scale_shift(x, self.gamma, self.beta)
-        # Rows of tokens have their channels at axis 1; the reshape of contiguous tokens is a view.
-        rows = x.reshape(-1, x.shape[-1])
-        return scale_shift(rows, self.gamma, self.beta).reshape(x.shape)
+        return scale_shift(x, self.gamma, self.beta, self.channel_dim)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(module)`."""

@@ -14,7 +14,7 @@ import torch
 
 from petite_fast.backends.eager import scale_outputs
 from petite_fast.ops import library
-from petite_fast.ops.library import below_autocast
+from petite_fast.ops.library import below_autocast, first_order
 
 # dgamma is read off the output as sum dy (y - beta) / gamma only where that division is harmless.
 SMALLEST_GAMMA = 1e-2
@@ -202,7 +202,7 @@ class _Adapted(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: torch.Tensor) -> Any:  # type: ignore[override]
         return below_autocast(_gradients)(grad_y, ctx)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from petite_fast.ops.adapted import compute_dtype
-from petite_fast.ops.library import below_autocast
+from petite_fast.ops.library import below_autocast, first_order
 
 ACTIVATIONS = ("gelu", "relu")
 
@@ -78,7 +78,7 @@ class _Bottleneck(torch.autograd.Function):
         )  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: torch.Tensor) -> Any:  # type: ignore[override]
         return below_autocast(_gradients)(grad_y, ctx)
 

@@ -34,6 +34,21 @@ def below_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's backward that refuses create_graph=True instead of dropping terms silently."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, grad_y: torch.Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "petite_fast ops are differentiable once: got a backward with create_graph=True,"
+                " wanted create_graph=False (petite_fast.ops.reference has differentiable twins)"
+            )
+        return backward(ctx, grad_y)
+
+    return run
+
+
 def _define(name: str, schema: str, fake: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     """Register one op; return its Python entry point."""
 

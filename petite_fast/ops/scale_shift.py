@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
-from petite_fast.ops.library import below_autocast
+from petite_fast.ops.library import below_autocast, first_order
 
 
 def scale_shift(
@@ -60,7 +60,7 @@ class _ScaleShift(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: torch.Tensor) -> Any:  # type: ignore[override]
         x, gamma, beta = ctx.saved_tensors
         dim = ctx.channel_dim
@@ -119,7 +119,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
         return torch.nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: torch.Tensor) -> Any:  # type: ignore[override]
         return below_autocast(_batch_norm_gradients)(grad_y, ctx)
 

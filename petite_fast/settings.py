@@ -1,0 +1,45 @@
+"""The one place that reads environment variables.
+
+=======================  =======================================================================
+variable                 meaning
+=======================  =======================================================================
+PETITE_FAST_BACKEND      eager | native | triton: that backend or an error (default: the fastest)
+PETITE_FAST_CPU_ISA      avx512 | avx2 | baseline: instruction set of the native CPU kernels
+=======================  =======================================================================
+
+PETITE_FAST_CUDA (auto | on | off) is read by setup.py, when the package is built.
+"""
+
+from __future__ import annotations
+
+import os
+
+BACKENDS = ("eager", "native", "triton")
+CPU_ISAS = ("avx512", "avx2", "baseline")
+
+
+def backend() -> str | None:
+    """The forced backend, or None.
+
+    Raises:
+        ValueError: PETITE_FAST_BACKEND names no backend.
+    """
+    return _choice("PETITE_FAST_BACKEND", BACKENDS)
+
+
+def cpu_isa() -> str | None:
+    """The forced instruction set, or None.
+
+    Raises:
+        ValueError: PETITE_FAST_CPU_ISA names no instruction set.
+    """
+    return _choice("PETITE_FAST_CPU_ISA", CPU_ISAS)
+
+
+def _choice(name: str, allowed: tuple[str, ...]) -> str | None:
+    value = os.environ.get(name)
+    if not value:
+        return None
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(allowed)}")
+    return value
