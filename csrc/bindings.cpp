@@ -6,6 +6,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/conv_geometry.h"
@@ -30,17 +31,24 @@ void require(bool condition, const std::string& message) {
 
 std::string got(int64_t value) { return ", got " + std::to_string(value); }
 
-// A tensor as Python passes it: address and element-type code; address 0 means absent.
-struct Operand {
-  void* data;
-  DType dtype;
-};
+// A dense tensor as Python passes it: address, element-type code, number of elements. The address 0
+// means absent.
+using Operand = std::tuple<uintptr_t, int, int64_t>;
 
-Operand operand(const char* name, const std::pair<uintptr_t, int>& value, bool required) {
-  require(value.second >= 0 && value.second < kDTypeCount,
-          std::string(name) + ": dtype code must be 0 to 3" + got(value.second));
-  require(value.first != 0 || !required, std::string(name) + " must not be null");
-  return Operand{reinterpret_cast<void*>(value.first), static_cast<DType>(value.second)};
+bool present(const Operand& operand) { return std::get<0>(operand) != 0; }
+
+void* data_of(const Operand& operand) { return reinterpret_cast<void*>(std::get<0>(operand)); }
+
+DType dtype_of(const Operand& operand) { return static_cast<DType>(std::get<1>(operand)); }
+
+// A wrong shape must end here, not as a read past the end of a tensor.
+void check_operand(const char* name, const Operand& operand, int64_t elements) {
+  const std::string prefix = std::string(name) + ": ";
+  const int code = std::get<1>(operand);
+  require(code >= 0 && code < kDTypeCount, prefix + "dtype code must be 0 to 3" + got(code));
+  require(
+      !present(operand) || std::get<2>(operand) == elements,
+      prefix + "must have " + std::to_string(elements) + " elements" + got(std::get<2>(operand)));
 }
 
 void copy_triple(const Triple& source, int64_t* target) {
@@ -66,34 +74,36 @@ ConvGeometry geometry_of(int64_t in_channels, int64_t out_channels, int64_t grou
   return g;
 }
 
-EffectiveWeightParams effective_weight_params(
-    const std::pair<uintptr_t, int>& weight, const std::pair<uintptr_t, int>& lora_A,
-    const std::pair<uintptr_t, int>& lora_B, const std::pair<uintptr_t, int>& gamma,
-    const std::pair<uintptr_t, int>& out, int64_t in_channels, int64_t out_channels,
-    int64_t groups, const Triple& kernel, int64_t rank, double scale, bool transposed) {
+EffectiveWeightParams effective_weight_params(const Operand& weight, const Operand& lora_A,
+                                              const Operand& lora_B, const Operand& gamma,
+                                              const Operand& out, int64_t in_channels,
+                                              int64_t out_channels, int64_t groups,
+                                              const Triple& kernel, int64_t rank, double scale,
+                                              bool transposed) {
   const ConvGeometry g = geometry_of(in_channels, out_channels, groups, kernel, transposed);
   const int64_t rows = weight_rows(g);
   const int64_t cols = weight_cols(g);
-  const Operand a = operand("lora_A", lora_A, false);
-  const Operand b = operand("lora_B", lora_B, false);
-  require((a.data == nullptr) == (b.data == nullptr), "lora_A and lora_B come together");
-  require(rank > 0 || a.data == nullptr, "rank must be positive" + got(rank));
-  const Operand w = operand("weight", weight, true);
-  const Operand y = operand("out", out, true);
-  const Operand scales = operand("gamma", gamma, false);
+  // The factor that meets the rows of W, and the one that meets its columns.
+  const Operand& u = transposed ? lora_A : lora_B;
+  const Operand& v = transposed ? lora_B : lora_A;
+  require(present(weight) && present(out), "weight and out must not be null");
+  require(present(u) == present(v), "lora_A and lora_B come together");
+  require(rank > 0 || !present(u), "rank must be positive" + got(rank));
+  check_operand("weight", weight, rows * cols);
+  check_operand("out", out, rows * cols);
+  check_operand("gamma", gamma, out_channels);
+  check_operand(transposed ? "lora_A" : "lora_B", u, rank * rows);
+  check_operand(transposed ? "lora_B" : "lora_A", v, rank * cols);
   EffectiveWeightParams p{};
   p.geometry = g;
   p.scale = scale;
-  p.weight = matrix_view(w.data, w.dtype, rows, cols, cols, 1);
-  p.out = matrix_view(y.data, y.dtype, rows, cols, cols, 1);
-  p.gamma = vector_view(scales.data, scales.dtype, out_channels);
-  if (transposed) {  // U is A (rank, C), V is B (rank, O/g * k)
-    p.row_factor = matrix_view(a.data, a.dtype, rank, rows, rows, 1);
-    p.col_factor = matrix_view(b.data, b.dtype, rank, cols, cols, 1);
-  } else {  // U is B (O, rank) read by columns, V is A (rank, C/g * k)
-    p.row_factor = matrix_view(b.data, b.dtype, rank, rows, 1, rank);
-    p.col_factor = matrix_view(a.data, a.dtype, rank, cols, cols, 1);
-  }
+  p.weight = matrix_view(data_of(weight), dtype_of(weight), rows, cols, cols, 1);
+  p.out = matrix_view(data_of(out), dtype_of(out), rows, cols, cols, 1);
+  p.gamma = vector_view(data_of(gamma), dtype_of(gamma), out_channels);
+  // U is (rank, rows) in memory when transposed, (rows, rank) otherwise.
+  p.row_factor = matrix_view(data_of(u), dtype_of(u), rank, rows, transposed ? rows : 1,
+                             transposed ? 1 : rank);
+  p.col_factor = matrix_view(data_of(v), dtype_of(v), rank, cols, cols, 1);
   return p;
 }
 
@@ -133,11 +143,10 @@ py::dict build_info() {
 }
 
 void bind_effective_weight(py::module_& m, py::module_& testing) {
-  using Address = std::pair<uintptr_t, int>;
   m.def(
       "effective_weight",
-      [](const Address& weight, const Address& lora_A, const Address& lora_B, const Address& gamma,
-         const Address& out, int64_t in_channels, int64_t out_channels, int64_t groups,
+      [](const Operand& weight, const Operand& lora_A, const Operand& lora_B, const Operand& gamma,
+         const Operand& out, int64_t in_channels, int64_t out_channels, int64_t groups,
          const Triple& kernel, int64_t rank, double scale, bool transposed, int threads) {
         const EffectiveWeightParams p =
             effective_weight_params(weight, lora_A, lora_B, gamma, out, in_channels, out_channels,
@@ -146,12 +155,12 @@ void bind_effective_weight(py::module_& m, py::module_& testing) {
         py::gil_scoped_release release;
         effective_weight(p, threads);
       },
-      "W_eff = gamma * (W + scale * B.A) on the CPU. Tensors are (address, dtype code); all dense.");
+      "W_eff = gamma * (W + scale * B.A) on the CPU. Tensors are (address, dtype code, elements).");
 #if defined(PF_HAVE_CUDA)
   m.def(
       "effective_weight_cuda",
-      [](const Address& weight, const Address& lora_A, const Address& lora_B, const Address& gamma,
-         const Address& out, int64_t in_channels, int64_t out_channels, int64_t groups,
+      [](const Operand& weight, const Operand& lora_A, const Operand& lora_B, const Operand& gamma,
+         const Operand& out, int64_t in_channels, int64_t out_channels, int64_t groups,
          const Triple& kernel, int64_t rank, double scale, bool transposed, int device,
          uintptr_t stream) {
         const EffectiveWeightParams p =
@@ -167,8 +176,8 @@ void bind_effective_weight(py::module_& m, py::module_& testing) {
 #endif
   testing.def(
       "emulate_effective_weight",
-      [](const Address& weight, const Address& lora_A, const Address& lora_B, const Address& gamma,
-         const Address& out, int64_t in_channels, int64_t out_channels, int64_t groups,
+      [](const Operand& weight, const Operand& lora_A, const Operand& lora_B, const Operand& gamma,
+         const Operand& out, int64_t in_channels, int64_t out_channels, int64_t groups,
          const Triple& kernel, int64_t rank, double scale, bool transposed, int threads) {
         const EffectiveWeightParams p =
             effective_weight_params(weight, lora_A, lora_B, gamma, out, in_channels, out_channels,
@@ -192,24 +201,24 @@ void bind_testing(py::module_& testing) {
     return Triple{output_size(g, 0, input[0]), output_size(g, 1, input[1]),
                   output_size(g, 2, input[2])};
   });
-  testing.def("input_coordinate", [](int64_t output, int64_t tap, int64_t input, int64_t kernel,
-                                     int64_t stride, int64_t padding, int64_t dilation,
-                                     bool transposed) {
-    ConvGeometry g = geometry_of(1, 1, 1, Triple{kernel, 1, 1}, transposed);
-    g.stride[0] = stride;
-    g.padding[0] = padding;
-    g.dilation[0] = dilation;
-    return input_coordinate(g, 0, output, tap, input);
-  });
-  testing.def("offset_of", [](const std::vector<int64_t>& stride,
-                              const std::vector<int64_t>& index) {
-    require(stride.size() <= kMaxDims && stride.size() == index.size(),
-            "stride and index must have one length, at most " + std::to_string(kMaxDims));
-    TensorView view{};
-    view.dims = static_cast<int32_t>(stride.size());
-    for (size_t i = 0; i < stride.size(); ++i) view.stride[i] = stride[i];
-    return offset_of(view, index.data());
-  });
+  testing.def("input_coordinate",
+              [](int64_t output, int64_t tap, int64_t input, int64_t kernel, int64_t stride,
+                 int64_t padding, int64_t dilation, bool transposed) {
+                ConvGeometry g = geometry_of(1, 1, 1, Triple{kernel, 1, 1}, transposed);
+                g.stride[0] = stride;
+                g.padding[0] = padding;
+                g.dilation[0] = dilation;
+                return input_coordinate(g, 0, output, tap, input);
+              });
+  testing.def(
+      "offset_of", [](const std::vector<int64_t>& stride, const std::vector<int64_t>& index) {
+        require(stride.size() <= kMaxDims && stride.size() == index.size(),
+                "stride and index must have one length, at most " + std::to_string(kMaxDims));
+        TensorView view{};
+        view.dims = static_cast<int32_t>(stride.size());
+        for (size_t i = 0; i < stride.size(); ++i) view.stride[i] = stride[i];
+        return offset_of(view, index.data());
+      });
   testing.def("to_bfloat16", [](double value) { return round_from<BFloat16>(value).bits; });
   testing.def("to_float16", [](double value) { return round_from<Float16>(value).bits; });
   testing.def("from_bfloat16", [](uint16_t bits) { return to_float(BFloat16{bits}); });

@@ -43,8 +43,7 @@ PF_HOST_DEVICE float to_float(Float16 value) {
   // A subnormal is read as 2^-14 * (1 + m) - 2^-14: no float subnormal appears on the way, so the
   // result does not depend on the flush-to-zero mode.
   const float shifted = bit_cast<float>(rebiased + (1u << 23)) - bit_cast<float>(113u << 23);
-  const uint32_t finite =
-      magnitude < kSmallestNormal ? bit_cast<uint32_t>(shifted) : rebiased;
+  const uint32_t finite = magnitude < kSmallestNormal ? bit_cast<uint32_t>(shifted) : rebiased;
   const uint32_t bits = magnitude >= kInfinity ? (magnitude | 0x7f800000u) : finite;
   return bit_cast<float>(bits | sign);
 }
@@ -58,7 +57,7 @@ PF_HOST_DEVICE BFloat16 to_bfloat16(float value) {
 
 PF_HOST_DEVICE Float16 to_float16(float value) {
   constexpr uint32_t kInfinity = 255u << 23;
-  constexpr uint32_t kOverflow = (127u + 16u) << 23;       // 65536
+  constexpr uint32_t kOverflow = (127u + 16u) << 23;        // 65536
   constexpr uint32_t kSmallestNormal = (127u - 14u) << 23;  // 2^-14
   constexpr uint32_t kHalf = 126u << 23;                    // 0.5: its last bit weighs 2^-24
   const uint32_t bits = bit_cast<uint32_t>(value);

@@ -100,8 +100,8 @@ PF_HOST_DEVICE void load_typed_column(const EffectiveWeightParams& p, int64_t fi
   for (int i = 0; i < kTileRows; ++i) {
     const int64_t row = first_row + i;
     const bool inside = row < p.weight.size[0];
-    column[i] = inside ? widen<Acc>(*pointer_at<const T>(p.weight, offset_of(p.weight, row, col)))
-                       : Acc(0);
+    column[i] =
+        inside ? widen<Acc>(*pointer_at<const T>(p.weight, offset_of(p.weight, row, col))) : Acc(0);
   }
 }
 

