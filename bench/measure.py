@@ -117,9 +117,9 @@ def peak(provider: Provider, device: str) -> int:
     ) as trace:
         _step(provider)
     events = sorted(
-        (event.time_range.start, event.cpu_memory_usage)
-        for event in trace.events()
-        if event.name == "[memory]"
+        (event.start_ns(), event.nbytes())
+        for event in trace.profiler.kineto_results.events()
+        if event.name() == "[memory]"
     )
     level = highest = 0
     for _, change in events:

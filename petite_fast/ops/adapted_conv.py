@@ -13,10 +13,11 @@ from petite_fast.backends.eager import scale_outputs
 from petite_fast.ops import adapted, library
 from petite_fast.ops.geometry import ConvGeometry, make_geometry, pad_input, unpad_gradient
 
-# Output channels from which the low-rank weight gradient beats the full one, per padded rank.
-# Measured with bench/run.py; oneDNN and tensor cores both compute 16 channels at a time.
+# Cost of the two weight gradients in multiply-adds per input channel and voxel, measured with
+# bench/run.py: libraries compute 16 channels at a time, and G and dB are bound by reading grad_y,
+# which costs about as much as PASS_COST multiply-adds per output channel.
 RANK_TILE = 16
-FULL_COST_PER_RANK_COST = 3
+PASS_COST = 8
 
 
 def adapted_conv(
@@ -256,10 +257,11 @@ class ConvMap:
         return lora_A.shape[0] * self.groups * math.prod(size) < math.prod(x.shape[1:])
 
     def low_rank_is_faster(self, weight: torch.Tensor, r: int) -> bool:
-        """Two products of padded rank against one of O channels."""
+        """Two products of padded rank and two passes over grad_y against one product of O."""
         outputs = weight.shape[1] if self.transposed else weight.shape[0] // self.groups
+        taps = math.prod(weight.shape[2:])
         padded = math.ceil(r / RANK_TILE) * RANK_TILE
-        return outputs >= FULL_COST_PER_RANK_COST * padded
+        return 2 * padded * taps + PASS_COST * outputs < outputs * taps
 
     def _repeat(self, tensor: torch.Tensor) -> torch.Tensor:
         """[r, ...] -> [groups*r, ...], the same for every group."""

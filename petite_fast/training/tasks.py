@@ -8,9 +8,9 @@ A run folder holds its result directly, beside log.csv, tensorboard/ and checkpo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,16 @@ from petite_fast.models import (
     load_network,
     save_network,
 )
-from petite_fast.peft import BitFitConfig, get_peft_model, petite_recipe
+from petite_fast.peft import (
+    BitFitConfig,
+    PeftModel,
+    PromptConfig,
+    get_peft_model,
+    petite_recipe,
+    read_information,
+)
+from petite_fast.peft.io import state_sha256
+from petite_fast.training.inference import Reconstructor
 from petite_fast.training.loop import TrainReport, TrainSettings, train
 from petite_fast.training.objectives import GANObjective, L1Objective, Objective
 
@@ -139,10 +148,11 @@ def finetune(
     normalisation = data.normalisation or loaded.metadata.get("normalisation", "paired")
     samples = data.open(settings.seed, normalisation)
     metadata = _metadata(data, samples, settings, normalisation)
+    networks = [net for net in (loaded.generator, loaded.discriminator) if net is not None]
     config = {
         "task": "finetune",
         "recipe": recipe,
-        "base": network_sha256(base),
+        "base": [state_sha256(net.state_dict()) for net in networks],
         **metadata,
         **_subjects(samples),
     }
@@ -153,8 +163,7 @@ def finetune(
         generator.requires_grad_(True)
     else:
         if recipe == "petite":
-            # the fixed random cross terms of the prompts come from this seed
-            torch.manual_seed(settings.seed)
+            torch.manual_seed(settings.seed)  # LoRA's random start
             prompts = tuple(num_prompts)
             config |= {"rank": rank, "num_prompts": list(prompts)}
             adapters = petite_recipe(
@@ -182,14 +191,72 @@ def finetune(
     return report
 
 
-def network_sha256(base: Path) -> str:
-    """Fingerprint of a base network's files: the generator's and, if any, the discriminator's."""
-    files = [base] if base.is_file() else sorted(base.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode() if base.is_dir() else b"")
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def merge(base: Path, adapter: Path, out: Path) -> bool:
+    """Fold an adapter into its base network; the merged base network is in `out`.
+
+    LoRA and biases become part of the weights, exactly. Channel prompts depend on the patch and
+    cannot: with them, `out` holds the folded network in ``out/base`` and the prompts as an adapter
+    of it beside that, and `load_reconstructor` takes `out` as one base.
+
+    Returns:
+        Whether prompts stayed.
+
+    Raises:
+        InputError: base or adapter cannot be read, or do not belong together.
+        OSError: `out` cannot be written.
+    """
+    loaded = load_network(base)
+    model = PeftModel.from_pretrained(loaded.generator, adapter)
+    _, information = read_information(adapter)
+    told = {k: information[k] for k in ("scanner", "normalisation")} | information["metadata"]
+    merged = model.merge_and_unload()
+    prompts = {
+        name: stage.prompt for name, stage in merged.named_modules() if _prompted(stage)
+    }
+    for name in prompts:
+        merged.get_submodule(name).prompt = None
+    metadata = loaded.metadata | told
+    folder = out / "base" if prompts else out
+    save_network(folder, merged, loaded.discriminator, **metadata)  # type: ignore[arg-type]
+    if prompts:
+        counts = {re.escape(name): prompt.num_prompts for name, prompt in prompts.items()}
+        model = get_peft_model(merged, PromptConfig(counts))  # type: ignore[arg-type]
+        for name, prompt in prompts.items():
+            stage = model.get_submodule(name)
+            stage.prompt.load_state_dict(prompt.state_dict())  # type: ignore[union-attr]
+        model.save_pretrained(out, metadata=metadata)
+    return bool(prompts)
+
+
+def load_reconstructor(
+    base: Path, adapter: Path | None = None, device: str = "cpu"
+) -> Reconstructor:
+    """The network of a base (also a merged one) with or without an adapter, ready for scans.
+
+    Patch and normalisation are those of the adapter's training, else of the base's.
+
+    Raises:
+        InputError: base or adapter cannot be read, or do not belong together.
+    """
+    if adapter is None and (base / "base").is_dir() and (base / "adapter_config.json").is_file():
+        base, adapter = base / "base", base
+    loaded = load_network(base)
+    network: torch.nn.Module = loaded.generator
+    metadata = loaded.metadata
+    if adapter is not None:
+        network = PeftModel.from_pretrained(network, adapter)
+        _, information = read_information(adapter)
+        own = {"normalisation": information["normalisation"], **(information["metadata"] or {})}
+        metadata = metadata | {k: v for k, v in own.items() if v is not None}
+    return Reconstructor(
+        network.to(device).eval(),
+        tuple(metadata.get("patch", DEFAULT_PATCH)),
+        Normaliser(metadata.get("normalisation", "paired")),
+    )
+
+
+def _prompted(module: torch.nn.Module) -> bool:
+    return hasattr(module, "make_prompt") and module.prompt is not None
 
 
 def _objective(loaded: LoadedNetwork) -> Objective:

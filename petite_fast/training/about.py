@@ -1,0 +1,46 @@
+"""What `petite-fast info` says: versions, backends, devices."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+
+import torch
+
+from petite_fast import settings
+from petite_fast._version import __version__
+from petite_fast.backends import native
+
+
+def describe() -> dict[str, str]:
+    """{name: value} lines; never raises for a machine without GPU or native module."""
+    found = {
+        "petite_fast": __version__,
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+    }
+    there, reason = native.available()
+    if there:
+        build = native.build_info()
+        found["native"] = ", ".join(f"{key} {_words(value)}" for key, value in build.items())
+    else:
+        found["native"] = f"not available: {reason}"
+    if not torch.cuda.is_available():
+        found["native (CUDA)"] = "not available: PyTorch finds no GPU here"
+    else:
+        for i in range(torch.cuda.device_count()):
+            there, reason = native.cuda_available(i)
+            state = "available" if there else f"not available: {reason}"
+            found[f"native (cuda:{i})"] = state
+    triton = importlib.util.find_spec("triton")
+    found["triton"] = "installed" if triton else "not installed"
+    found["forced backend"] = settings.backend() or "none (the fastest that can run)"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found["devices"] = ", ".join(["cpu", *(f"cuda:{i} {name}" for i, name in enumerate(names))])
+    return found
+
+
+def _words(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return "/".join(map(str, value)) or "none"
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
