@@ -1,6 +1,6 @@
 """Tables and pictures of a result, and README's table from the committed JSON.
 
-    python bench/report.py        rewrites the tables between README's bench markers
+python bench/report.py        rewrites the tables between README's bench markers
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import os
 
+from petite_fast.errors import InputError
+
 BACKENDS = ("eager", "native", "triton")
 CPU_ISAS = ("avx512", "avx2", "baseline")
 
@@ -22,7 +24,7 @@ def backend() -> str | None:
     """The forced backend, or None.
 
     Raises:
-        ValueError: PETITE_FAST_BACKEND names no backend.
+        InputError: PETITE_FAST_BACKEND names no backend.
     """
     return _choice("PETITE_FAST_BACKEND", BACKENDS)
 
@@ -31,7 +33,7 @@ def cpu_isa() -> str | None:
     """The forced instruction set, or None.
 
     Raises:
-        ValueError: PETITE_FAST_CPU_ISA names no instruction set.
+        InputError: PETITE_FAST_CPU_ISA names no instruction set.
     """
     return _choice("PETITE_FAST_CPU_ISA", CPU_ISAS)
 
@@ -41,5 +43,5 @@ def _choice(name: str, allowed: tuple[str, ...]) -> str | None:
     if not value:
         return None
     if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(allowed)}")
+        raise InputError(f"{name}: got {value!r}, wanted one of {', '.join(allowed)}")
     return value

@@ -1,4 +1,4 @@
-"""Shared fixtures: where the real PET volumes are, and one thread per test process."""
+"""What every test may use."""
 
 from __future__ import annotations
 
@@ -8,19 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_per_worker() -> None:
+    """Parallel test processes share the cores instead of fighting for them."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def data_dir() -> Path:
-    """Folder of real PET: PETITE_FAST_TEST_DATA, else ../shared/data beside the repository."""
-    folder = Path(os.environ.get("PETITE_FAST_TEST_DATA", ROOT.parent / "shared" / "data"))
+def repository() -> Path:
+    """The checkout the tests lie in (the package under test may be installed elsewhere)."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Folder of real PET: PETITE_FAST_TEST_DATA, else shared/data beside the checkout, else skip."""
+    named = os.environ.get("PETITE_FAST_TEST_DATA")
+    folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip("no real PET here: set PETITE_FAST_TEST_DATA to its folder")
+        pytest.skip(f"no test data at {folder} (set PETITE_FAST_TEST_DATA)")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Test processes run side by side: each has one core."""
-    torch.set_num_threads(1)

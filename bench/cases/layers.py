@@ -48,9 +48,7 @@ def hf_peft(module: nn.Module, r: int, dropout: float = 0.0) -> nn.Module | str:
     """`module` (a container) with HF PEFT's LoRA on its convolutions, or the reason why not."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(
-        r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=r".*conv\d*"
-    )
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=r".*conv\d*")
     try:
         return inject_adapter_in_model(config, frozen(module))
     except (ValueError, NotImplementedError) as error:

@@ -36,9 +36,7 @@ class ConvCase(NamedTuple):
     def layer(self) -> nn.Module:
         padding = 0 if self.transposed else self.kernel // 2
         cls = nn.ConvTranspose3d if self.transposed else nn.Conv3d
-        return cls(
-            self.inputs, self.outputs, self.kernel, self.stride, padding, groups=self.groups
-        )
+        return cls(self.inputs, self.outputs, self.kernel, self.stride, padding, groups=self.groups)
 
     def work(self) -> tuple[float, float]:
         """Flops of one full product, and of all products of the low-rank gradient."""

@@ -156,7 +156,7 @@ def onednn_ready(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0
         and torch.backends.mkldnn.is_available()
-        and torch._C._get_mkldnn_enabled()  # type: ignore[attr-defined]
+        and torch._C._get_mkldnn_enabled()
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch  # before _native: its OpenMP runtime is the one that the kernels' loops run on
 
 from petite_fast import settings
+from petite_fast.errors import InputError
 
 # Element-type codes of csrc/common/dtype.h.
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -20,14 +21,21 @@ _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 @functools.cache
 def _load() -> tuple[Any, str]:
-    """The compiled module or None, and why there is none."""
+    """The compiled module or None, and why there is none.
+
+    Raises:
+        InputError: PETITE_FAST_CPU_ISA names a set that this module or CPU does not have.
+    """
     try:
         module = importlib.import_module("petite_fast._native")
     except ImportError as error:
         return None, f"petite_fast._native does not load: {error}"
     isa = settings.cpu_isa()
     if isa is not None:
-        module.set_isa(isa)
+        try:
+            module.set_isa(isa)
+        except ValueError as error:
+            raise InputError(f"PETITE_FAST_CPU_ISA: {error}") from error
     return module, ""
 
 

@@ -52,6 +52,8 @@ def read_datalist(
     path = Path(json_path)
     content = _load(path)
     folds = content.get("folds")
+    if folds is not None and not isinstance(folds, list):
+        raise InputError(f'{path}: "folds" is no list; expected a list of subject splits')
     if folds is None:
         if fold is not None:
             raise InputError(f'{path}: fold {fold} was asked for; expected a file with "folds"')
@@ -109,11 +111,12 @@ def _pairs(content: dict[str, Any], key: str, path: Path) -> list[Pair]:
     return pairs
 
 
-def _fold_subjects(folds: Any, fold: int, split: str, path: Path) -> set[str]:
+def _fold_subjects(folds: list[Any], fold: int, split: str, path: Path) -> set[str]:
     """Subjects of one half of one fold; the halves must not overlap."""
-    if not isinstance(folds, list) or not 0 <= fold < len(folds):
-        count = len(folds) if isinstance(folds, list) else 0
-        raise InputError(f"{path}: there is no fold {fold}; expected one of {count} folds, from 0")
+    if not 0 <= fold < len(folds):
+        raise InputError(
+            f"{path}: there is no fold {fold}; expected one of {len(folds)} folds, from 0"
+        )
     halves = {}
     for name in SPLITS:
         subjects = folds[fold].get(name) if isinstance(folds[fold], dict) else None

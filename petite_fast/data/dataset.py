@@ -185,7 +185,9 @@ class PatchDataset(Dataset[dict[str, Any]]):
         """First voxel of a patch along each axis (0 where the patch is longer)."""
         shape = loaded.input.shape
         if rng.random() < 0.5:
-            centre = np.unravel_index(loaded.foreground[rng.integers(len(loaded.foreground))], shape)
+            centre = np.unravel_index(
+                loaded.foreground[rng.integers(len(loaded.foreground))], shape
+            )
         else:
             centre = tuple(rng.integers(shape))
         return [
@@ -199,7 +201,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         out = np.zeros((1, *self.patch), np.float32)
         pad = [(p - n) // 2 for p, n in zip(self.patch, inside.shape, strict=True)]
         place = tuple(slice(b, b + n) for b, n in zip(pad, inside.shape, strict=True))
-        out[(0, *place)] = Normaliser.apply(inside, record)
+        out[0][place] = Normaliser.apply(inside, record)
         return torch.from_numpy(out)
 
 

@@ -17,7 +17,7 @@ from petite_fast.errors import InputError
 GREY_TO_WHITE = 4.0  # FDG uptake of grey over white matter
 _FILES = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 _KNOT_MM = 40.0  # distance of the control points of deformation and regional factors
-_KNOTS = 9  # per axis: 240 mm between the outermost that count
+_KNOTS = 9  # per axis, from -160 to 160 mm: beyond every field of view
 _FINEST_MM = 2.0  # coarser grids are sampled finer than this and averaged
 _SHRINK = 1.06  # the MNI152 average head is larger than a typical one, by this per axis
 
@@ -52,7 +52,9 @@ def load_tissue() -> Tissue:
             " expected them after pip install petite_fast[app]"
         )
     grey, white = (read_volume(folder / _FILES.format(t)).array / 255 for t in ("gm", "wm"))
-    inside = [np.flatnonzero((grey + white > 0.5).any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
+    inside = [
+        np.flatnonzero((grey + white > 0.5).any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))
+    ]
     centre = np.array([(axis[0] + axis[-1]) / 2 for axis in inside])
     return Tissue(GREY_TO_WHITE * grey + white, centre, np.argwhere(grey > 0.8))
 

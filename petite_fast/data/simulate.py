@@ -123,7 +123,7 @@ def scan(
     short = thin(counts, SHORT_FRACTION, rng)
     width = _sigma(scanner.post_filter_fwhm_mm, scanner)
     # Filtered in float32, which carries counts exactly and is half the work.
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         gaussian_filter((image * unit).astype(np.float32), width, mode="nearest")
         for image in (short, counts)
     )
@@ -132,7 +132,9 @@ def scan(
 def grid_affine(scanner: Scanner) -> np.ndarray:
     """Voxel -> mm, RAS+, the centre of the field of view at 0 mm."""
     affine = np.diag([*scanner.spacing, 1.0])
-    affine[:3, 3] = [-(n - 1) / 2 * mm for n, mm in zip(scanner.matrix, scanner.spacing, strict=True)]
+    affine[:3, 3] = [
+        -(n - 1) / 2 * mm for n, mm in zip(scanner.matrix, scanner.spacing, strict=True)
+    ]
     return affine
 
 

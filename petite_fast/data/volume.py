@@ -157,35 +157,38 @@ def same_grid(first: Volume, second: Volume, tolerance_mm: float = 1e-3) -> bool
     if first.array.shape != second.array.shape:
         return False
     last = [n - 1 for n in first.array.shape]
-    corners = np.array([(x, y, z, 1) for x in (0, last[0]) for y in (0, last[1]) for z in (0, last[2])])
+    corners = np.array(
+        [(x, y, z, 1) for x in (0, last[0]) for y in (0, last[1]) for z in (0, last[2])]
+    )
     moved = corners @ (first.affine - second.affine).T[:, :3]  # [8, 3] mm
     return bool(np.linalg.norm(moved, axis=1).max() <= tolerance_mm)
 
 
-def _open(source: Path) -> BinaryIO:
+def _open(source: Path) -> gzip.GzipFile | BinaryIO:
     """Open `source` for reading decompressed bytes, or say why it cannot be a NIfTI."""
     if not source.is_file():
         raise InputError(f"{source}: no such file; expected a NIfTI image (.nii or .nii.gz)")
     _require_nifti_name(source)
-    stream = source.open("rb")
-    start = stream.read(2)
-    stream.seek(0)
-    gzipped, named_gz = start == b"\x1f\x8b", source.name.lower().endswith(".gz")
+    with source.open("rb") as stream:
+        head = stream.read(64)
+    gzipped, named_gz = head[:2] == b"\x1f\x8b", source.name.lower().endswith(".gz")
     if gzipped and named_gz:
-        return gzip.GzipFile(fileobj=stream)  # type: ignore[return-value]
-    if not gzipped and not named_gz:
-        return stream
-    head = stream.read(64).lstrip()
-    stream.close()
+        return gzip.GzipFile(source, "rb")
     if gzipped:
-        raise InputError(f"{source}: the file is gzip-compressed; expected the name to end in .nii.gz")
-    what = "an HTML or XML page" if head.startswith(b"<") else "not gzip-compressed data"
+        raise InputError(
+            f"{source}: the file is gzip-compressed; expected the name to end in .nii.gz"
+        )
+    if not named_gz:
+        return source.open("rb")
+    what = "an HTML or XML page" if head.lstrip().startswith(b"<") else "not gzip-compressed data"
     raise InputError(f"{source}: the file is {what}; expected a gzip-compressed NIfTI")
 
 
 def _require_nifti_name(path: Path) -> None:
     if not path.name.lower().endswith((".nii", ".nii.gz")):
-        raise InputError(f"{path}: not a NIfTI file name; expected one that ends in .nii or .nii.gz")
+        raise InputError(
+            f"{path}: not a NIfTI file name; expected one that ends in .nii or .nii.gz"
+        )
 
 
 def _parse_header(head: bytes, source: Path) -> nib.Nifti1Header:
@@ -202,7 +205,15 @@ def _parse_header(head: bytes, source: Path) -> nib.Nifti1Header:
         sizes = np.asarray(header["pixdim"][1:4])
         if int(header["sform_code"]) <= 0 and not (np.isfinite(sizes).all() and (sizes > 0).all()):
             raise InputError(
-                f"{source}: the voxel size is {tuple(sizes.tolist())} mm; expected three positive numbers"
+                f"{source}: the voxel size is {tuple(sizes.tolist())} mm;"
+                " expected three positive numbers"
+            )
+        # nibabel lets 0 pass (it means "behind the header" in two-file NIfTI) and NaN and Inf.
+        offset = float(header["vox_offset"])
+        if not size <= offset < np.inf:
+            raise InputError(
+                f"{source}: the voxels start at byte {offset:g};"
+                f" expected a place behind the header of {size} bytes"
             )
         header.check_fix(logger=_logger, error_level=40)
         shape = header.get_data_shape()

@@ -213,7 +213,7 @@ class LoRALayer(nn.Module):
         """scaling * B(A(dropout(x))), recomputed in backward with the same mask: it keeps x alone."""
         if not torch.is_grad_enabled():
             return self._low_rank(x, self.lora_A, self.lora_B, *arguments)
-        return checkpoint(  # type: ignore[no-any-return]
+        return checkpoint(
             self._low_rank, x, self.lora_A, self.lora_B, *arguments, use_reentrant=False
         )
 
@@ -374,7 +374,7 @@ class LoRALinear(LoRALayer, nn.Linear):
             ValueError: `r` is not a positive int, or `lora_dropout` is outside [0, 1).
         """
         require_type(linear, nn.Linear, f"{cls.__name__}.from_linear")
-        return cls._from(linear, r, lora_alpha, options)  # type: ignore[no-any-return]
+        return cls._from(linear, r, lora_alpha, options)
 
     def _lora_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (r, self.in_features), (self.out_features, r)

@@ -33,8 +33,8 @@ def effective_weight(
 ) -> torch.Tensor:
     """W_eff = gamma * (W + scale * B.A), built in float32 (float64 for float64), rounded once.
 
-    Plain:      ``W_eff[o, ...] = gamma[o] * (W[o, ...] + scale * sum_q B[o, q] A[q, ...])``
-    Transposed: ``W_eff[c, o, ...] = gamma[g(c), o] * (W[c, o, ...] + scale * sum_q A[q, c] B[q, o, ...])``
+    Plain:      ``(B.A)[o, ...] = sum_q B[o, q] A[q, ...]``, gamma of row o.
+    Transposed: ``(B.A)[c, o, ...] = sum_q A[q, c] B[q, o, ...]``, gamma of column o of c's group.
 
     Not differentiable: it is what `adapted_conv` computes with, and what `merge` returns.
 
@@ -52,6 +52,6 @@ def effective_weight(
         A new tensor of the shape of `weight`, contiguous.
     """
     with torch.no_grad():
-        return _effective_weight(  # type: ignore[no-any-return]
+        return _effective_weight(
             weight, lora_A, lora_B, float(scale), gamma, groups, transposed, dtype or weight.dtype
         )

@@ -8,6 +8,7 @@ supplies the calculus: what is kept, how W_eff is rebuilt, which weight gradient
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,8 +25,13 @@ LARGEST_SHIFT = 10.0  # of |beta / gamma|
 class Map(Protocol):
     """A linear map with a weight; immutable. `r` channels per group are the low-rank space."""
 
-    groups: int
-    transposed: bool
+    @property
+    def groups(self) -> int:
+        """Independent channel groups."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight's first axis is the input's channels."""
 
     def forward(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
@@ -38,7 +44,7 @@ class Map(Protocol):
         """grad_x, of shape `size`."""
 
     def grad_weight(
-        self, grad_y: torch.Tensor, x: torch.Tensor, size: torch.Size
+        self, grad_y: torch.Tensor, x: torch.Tensor, size: Sequence[int]
     ) -> torch.Tensor:
         """grad_weight, of shape `size`."""
 
@@ -105,9 +111,7 @@ def apply(
     dtype = compute_dtype(x, weight)
     plan = make_plan(map_, x, weight, lora_A, lora_B, gamma, beta)
     settings = Settings(map_, scale, dtype, plan)
-    return _Adapted.apply(
-        x.to(dtype), weight, bias, lora_A, lora_B, gamma, beta, settings
-    )  # type: ignore[no-any-return]
+    return _Adapted.apply(x.to(dtype), weight, bias, lora_A, lora_B, gamma, beta, settings)
 
 
 def compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
@@ -177,7 +181,7 @@ class _Adapted(torch.autograd.Function):
     """Keeps what `Plan` says and the parameters; rebuilds W_eff in backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor,
@@ -203,7 +207,7 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad_y: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: torch.Tensor) -> Any:
         return below_autocast(_gradients)(grad_y, ctx)
 
 

@@ -134,10 +134,10 @@ def _check(
     if lora_A is None or lora_B is None:
         return
     r = lora_A.shape[0]
+    wanted_a: tuple[int, ...] = (r, second, *kernel)
+    wanted_b: tuple[int, ...] = (outputs, r)
     if geometry.transposed:
         wanted_a, wanted_b = (r, first, 1, 1, 1), (r, second, *kernel)
-    else:
-        wanted_a, wanted_b = (r, second, *kernel), (outputs, r)
     for name, tensor, wanted in (("lora_A", lora_A, wanted_a), ("lora_B", lora_B, wanted_b)):
         if tuple(tensor.shape) != wanted:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {wanted}")
@@ -250,7 +250,7 @@ class ConvMap:
 
     def low_rank_is_smaller(self, x: torch.Tensor, lora_A: torch.Tensor) -> bool:
         """Whether t (at output size; transposed: at input size) has fewer elements than x."""
-        size = x.shape[2:]
+        size: Sequence[int] = x.shape[2:]
         if not self.transposed:
             g = self.geometry
             size = g.output_size(g.padded_size(size), lora_A.shape[2:])

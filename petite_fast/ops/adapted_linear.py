@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +95,7 @@ class LinearMap:
         return grad_y @ weight
 
     def grad_weight(
-        self, grad_y: torch.Tensor, x: torch.Tensor, size: torch.Size
+        self, grad_y: torch.Tensor, x: torch.Tensor, size: Sequence[int]
     ) -> torch.Tensor:
         """grad_y^T x over all tokens."""
         return _tokens(grad_y).t() @ _tokens(x)

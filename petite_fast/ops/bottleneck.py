@@ -56,12 +56,12 @@ def bottleneck(
     if x.shape[-1] != channels:
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., {channels}]")
     dtype = compute_dtype(x, down_weight)
-    return _Bottleneck.apply(*tensors, activation, dtype)  # type: ignore[no-any-return]
+    return _Bottleneck.apply(*tensors, activation, dtype)
 
 
 class _Bottleneck(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: torch.Tensor,
         down_weight: torch.Tensor,
@@ -75,11 +75,11 @@ class _Bottleneck(torch.autograd.Function):
         ctx.save_for_backward(x, down_weight, down_bias, up_weight, up_bias)
         return below_autocast(_forward)(
             x, down_weight, down_bias, up_weight, up_bias, activation, dtype
-        )  # type: ignore[no-any-return]
+        )
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad_y: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: torch.Tensor) -> Any:
         return below_autocast(_gradients)(grad_y, ctx)
 
 

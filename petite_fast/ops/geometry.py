@@ -23,7 +23,7 @@ def triple(name: str, value: int | Sequence[int]) -> Triple:
     values = tuple(value)
     if len(values) != 3 or not all(isinstance(v, int) for v in values):
         raise ValueError(f"{name}: got {value!r}, wanted an int or three ints")
-    return values  # type: ignore[return-value]
+    return values
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def make_geometry(
             )
         if padding == "same" and max(strides) > 1:
             raise ValueError(f"padding: 'same' wants stride 1, got stride {stride!r}")
-        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel)]
+        extent = 1 if padding == "same" else 0
+        total = [extent * d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
         sides = [(t // 2, t - t // 2) for t in total]
     else:
         sides = [(p, p) for p in triple("padding", padding)]
@@ -147,7 +148,9 @@ def unpad_gradient(grad: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
     """
     if not geometry.pad:
         return grad
-    for axis, (low, high) in zip((4, 3, 2), zip(geometry.pad[::2], geometry.pad[1::2]), strict=True):
+    for axis, (low, high) in zip(
+        (4, 3, 2), zip(geometry.pad[::2], geometry.pad[1::2], strict=True), strict=True
+    ):
         if low == 0 and high == 0:
             continue
         size = grad.shape[axis] - low - high

@@ -14,7 +14,7 @@ import torch
 
 from petite_fast.backends import eager
 from petite_fast.ops import dispatch
-from petite_fast.ops.geometry import ConvGeometry
+from petite_fast.ops.geometry import make_geometry
 
 _library = torch.library.Library("petite_fast", "DEF")
 _CONV = "int[] stride, int[] padding, int[] dilation"
@@ -88,9 +88,9 @@ def _fake_conv(
     output_padding: Sequence[int],
     groups: int,
 ) -> torch.Tensor:
-    geometry = ConvGeometry(
-        tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
-    )  # type: ignore[arg-type]
+    geometry = make_geometry(
+        weight.shape[2:], stride, padding, dilation, groups, transposed, output_padding
+    )
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
     size = (x.shape[0], channels, *geometry.output_size(x.shape[2:], weight.shape[2:]))
     return x.new_empty(size).contiguous(memory_format=eager.conv_layout(x, weight))

@@ -75,9 +75,7 @@ def adapted_conv(
         weight.shape[2:], stride, padding, dilation, groups, transposed, output_padding,
         padding_mode,
     )  # fmt: skip
-    w = effective_weight(
-        weight, lora_A, lora_B, scale, gamma, groups=groups, transposed=transposed
-    )
+    w = effective_weight(weight, lora_A, lora_B, scale, gamma, groups=groups, transposed=transposed)
     b = effective_bias(bias, gamma, beta)
     if transposed:
         return F.conv_transpose3d(

@@ -36,7 +36,7 @@ def scale_shift(
     for name, vector in (("gamma", gamma), ("beta", beta)):
         if tuple(vector.shape) != (channels,):
             raise ValueError(f"{name}: got shape {tuple(vector.shape)}, wanted ({channels},)")
-    return _ScaleShift.apply(x, gamma, beta, channel_dim % x.dim())  # type: ignore[no-any-return]
+    return _ScaleShift.apply(x, gamma, beta, channel_dim % x.dim())
 
 
 def _view(vector: torch.Tensor, like: torch.Tensor, channel_dim: int) -> torch.Tensor:
@@ -51,7 +51,7 @@ def _sum(x: torch.Tensor, channel_dim: int, wide: torch.dtype) -> torch.Tensor:
 
 class _ScaleShift(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, channel_dim: int
     ) -> torch.Tensor:
         ctx.channel_dim = channel_dim
@@ -61,7 +61,7 @@ class _ScaleShift(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad_y: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: torch.Tensor) -> Any:
         x, gamma, beta = ctx.saved_tensors
         dim = ctx.channel_dim
         wide = torch.promote_types(gamma.dtype, torch.float32)
@@ -99,12 +99,12 @@ def frozen_batch_norm(
     tensors = (x, mean, var, weight, bias)
     if has_torch_function(tensors):
         return handle_torch_function(frozen_batch_norm, tensors, x, mean, var, weight, bias, eps)
-    return _FrozenBatchNorm.apply(x, mean, var, weight, bias, eps)  # type: ignore[no-any-return]
+    return _FrozenBatchNorm.apply(x, mean, var, weight, bias, eps)
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: torch.Tensor,
         mean: torch.Tensor,
@@ -120,7 +120,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad_y: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: torch.Tensor) -> Any:
         return below_autocast(_batch_norm_gradients)(grad_y, ctx)
 
 

@@ -141,7 +141,9 @@ def carry_out(net: nn.Module, plan: Plan) -> Injection:
     owned = list(plan.biases)
     owned += [f"{name}.{leaf}" for name in plan.lora for leaf in ("lora_A", "lora_B")]
     owned += [
-        f"{name}.prompt.{leaf}" for name, prompt in plan.prompts.items() for leaf in prompt.state_dict()
+        f"{name}.prompt.{leaf}"
+        for name, prompt in plan.prompts.items()
+        for leaf in prompt.state_dict()
     ]
     return Injection(list(plan.lora), list(plan.prompts), twins, owned, requires_grad)
 

@@ -301,7 +301,9 @@ def get_peft_model(
     if not isinstance(net, nn.Module):
         raise TypeError(f"net: got {type(net).__name__}, wanted a torch.nn.Module")
     inner = getattr(net, "_orig_mod", None) or (
-        net.module if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else None
+        net.module
+        if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        else None
     )
     if inner is not None or isinstance(net, torch.jit.ScriptModule):
         raise TypeError(

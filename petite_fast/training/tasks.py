@@ -156,26 +156,17 @@ def finetune(
         **metadata,
         **_subjects(samples),
     }
-    generator = loaded.generator
-    known = {name for name, _ in generator.named_parameters()}
+    if recipe == "petite":
+        config |= {"rank": rank, "num_prompts": list(num_prompts)}
     if recipe == "full":
         _check_batch_norm(settings.batch, samples.patch)
-        generator.requires_grad_(True)
-    else:
-        if recipe == "petite":
-            torch.manual_seed(settings.seed)  # LoRA's random start
-            prompts = tuple(num_prompts)
-            config |= {"rank": rank, "num_prompts": list(prompts)}
-            adapters = petite_recipe(
-                "cvtgan", r=rank, lora_alpha=2 * rank, num_prompts=prompts
-            )
-        else:
-            adapters = BitFitConfig()  # type: ignore[assignment]
-        generator = get_peft_model(generator, adapters)
-    known &= {name for name, p in generator.named_parameters() if not p.requires_grad}
+    torch.manual_seed(settings.seed)  # LoRA's random start
+    from_base = {name for name, _ in loaded.generator.named_parameters()}
+    generator = adapted(loaded.generator, recipe, rank=rank, num_prompts=num_prompts)
+    known = from_base & {name for name, p in generator.named_parameters() if not p.requires_grad}
     report = train(
         generator,
-        _objective(loaded),
+        finetune_objective(loaded),
         samples,
         settings,
         config=config,
@@ -210,9 +201,7 @@ def merge(base: Path, adapter: Path, out: Path) -> bool:
     _, information = read_information(adapter)
     told = {k: information[k] for k in ("scanner", "normalisation")} | information["metadata"]
     merged = model.merge_and_unload()
-    prompts = {
-        name: stage.prompt for name, stage in merged.named_modules() if _prompted(stage)
-    }
+    prompts = {name: stage.prompt for name, stage in merged.named_modules() if _prompted(stage)}
     for name in prompts:
         merged.get_submodule(name).prompt = None
     metadata = loaded.metadata | told
@@ -220,7 +209,7 @@ def merge(base: Path, adapter: Path, out: Path) -> bool:
     save_network(folder, merged, loaded.discriminator, **metadata)  # type: ignore[arg-type]
     if prompts:
         counts = {re.escape(name): prompt.num_prompts for name, prompt in prompts.items()}
-        model = get_peft_model(merged, PromptConfig(counts))  # type: ignore[arg-type]
+        model = get_peft_model(merged, PromptConfig(counts))
         for name, prompt in prompts.items():
             stage = model.get_submodule(name)
             stage.prompt.load_state_dict(prompt.state_dict())  # type: ignore[union-attr]
@@ -259,7 +248,24 @@ def _prompted(module: torch.nn.Module) -> bool:
     return hasattr(module, "make_prompt") and module.prompt is not None
 
 
-def _objective(loaded: LoadedNetwork) -> Objective:
+def adapted(
+    generator: torch.nn.Module, recipe: Recipe, *, rank: int, num_prompts: Sequence[int]
+) -> Any:
+    """`generator`, in place, with what `recipe` trains switched on and the rest frozen.
+
+    Raises:
+        InputError: rank or num_prompts is out of range.
+    """
+    if recipe == "full":
+        return generator.requires_grad_(True)
+    if recipe == "bitfit":
+        return get_peft_model(generator, BitFitConfig())
+    config = petite_recipe("cvtgan", r=rank, lora_alpha=2 * rank, num_prompts=tuple(num_prompts))
+    return get_peft_model(generator, config)
+
+
+def finetune_objective(loaded: LoadedNetwork) -> Objective:
+    """The GAN objective with the base's discriminator frozen, or L1 where there is none."""
     if loaded.discriminator is None:
         return L1Objective()
     return GANObjective(loaded.discriminator, train_discriminator=False)

@@ -97,7 +97,10 @@ def test_compile_fullgraph(
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = function(tensors)
         loss = y.float().square().sum()
-        return [y, *(g for g in torch.autograd.grad(loss, inputs, allow_unused=True) if g is not None)]
+        return [
+            y,
+            *(g for g in torch.autograd.grad(loss, inputs, allow_unused=True) if g is not None),
+        ]
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -119,7 +122,9 @@ def test_autocast_dtypes(step: Callable[[dict[str, torch.Tensor]], torch.Tensor]
         y.float().sum().backward()
     if step is not _norms:
         assert y.dtype == torch.bfloat16 or step is _bottleneck
-    torch.testing.assert_close(y.float(), full, rtol=0.05, atol=0.05 * float(full.detach().abs().max()))
+    torch.testing.assert_close(
+        y.float(), full, rtol=0.05, atol=0.05 * float(full.detach().abs().max())
+    )
     assert all(t.grad is None or t.grad.dtype == torch.float32 for t in tensors.values())
     assert tensors["x"].grad is not None
 
@@ -167,9 +172,7 @@ def test_linear_against_reference(dtype: torch.dtype) -> None:
         b = torch.autograd.grad(wanted, [exact[n] for n in trained], grad)
         for left, right in zip((y, *a), (wanted, *b), strict=True):
             scale = float(right.detach().abs().max())
-            torch.testing.assert_close(
-                left.double(), right, rtol=tolerance, atol=tolerance * scale
-            )
+            torch.testing.assert_close(left.double(), right, rtol=tolerance, atol=tolerance * scale)
 
 
 def test_small_ops_gradcheck() -> None:

@@ -17,10 +17,10 @@ from petite_fast.ops import (
     scale_shift,
 )
 
-C, O, R = 8, 12, 2
+C, OUT_C, R = 8, 12, 2
 SIZE = (5, 6, 7)
 UNIT = 2 * C * 5 * 6 * 7 * 4  # bytes of one float32 input
-OUT = 2 * O * 5 * 6 * 7 * 4
+OUT = 2 * OUT_C * 5 * 6 * 7 * 4
 
 
 def _parameter(*shape: int, trains: bool) -> nn.Parameter:
@@ -32,12 +32,12 @@ def _conv_bytes(trains: str, transposed: bool = False, **geometry: Any) -> int:
     k = (3, 3, 3)
     names = trains.split()
     shapes = {
-        "weight": (C, O, *k) if transposed else (O, C, *k),
-        "bias": (O,),
+        "weight": (C, OUT_C, *k) if transposed else (OUT_C, C, *k),
+        "bias": (OUT_C,),
         "lora_A": (R, C, 1, 1, 1) if transposed else (R, C, *k),
-        "lora_B": (R, O, *k) if transposed else (O, R),
-        "gamma": (O,),
-        "beta": (O,),
+        "lora_B": (R, OUT_C, *k) if transposed else (OUT_C, R),
+        "gamma": (OUT_C,),
+        "beta": (OUT_C,),
     }
     used = {"weight", "bias"} | {n for n in names if n in shapes}
     if used & {"lora_A", "lora_B"}:
@@ -105,8 +105,8 @@ def test_no_grad_keeps_nothing() -> None:
 
 def test_linear_table() -> None:
     x = torch.randn(5, 7, C, requires_grad=True)
-    weight, bias = _parameter(O, C, trains=False), _parameter(O, trains=True)
-    a, b = _parameter(R, C, trains=True), _parameter(O, R, trains=True)
+    weight, bias = _parameter(OUT_C, C, trains=False), _parameter(OUT_C, trains=True)
+    a, b = _parameter(R, C, trains=True), _parameter(OUT_C, R, trains=True)
     unit = x.numel() * 4
     assert saved_bytes(lambda: adapted_linear(x, weight, bias)) == 0
     assert saved_bytes(lambda: adapted_linear(x, weight, lora_A=a, lora_B=b)) == unit
@@ -155,7 +155,7 @@ def test_counts_what_a_function_hides_in_its_context() -> None:
 def test_torch_keeps_what_we_do_not() -> None:
     """The floor this library exists for: torch keeps the input of a frozen convolution."""
     x = torch.randn(2, C, *SIZE, requires_grad=True)
-    conv = nn.Conv3d(C, O, 3, padding=1).requires_grad_(False)
+    conv = nn.Conv3d(C, OUT_C, 3, padding=1).requires_grad_(False)
     assert saved_bytes(lambda: conv(x)) == UNIT
     assert saved_bytes(lambda: adapted_conv(x, conv.weight, conv.bias, padding=1)) == 0
 

@@ -32,7 +32,9 @@ class TinyDiscriminator(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Conv3d(2, 4, 3, stride=2), nn.BatchNorm3d(4), nn.Conv3d(4, 1, 1))
+        self.net = nn.Sequential(
+            nn.Conv3d(2, 4, 3, stride=2), nn.BatchNorm3d(4), nn.Conv3d(4, 1, 1)
+        )
 
     def forward(self, x: torch.Tensor, logits: bool = False) -> torch.Tensor:
         y = self.net(x)

@@ -215,9 +215,7 @@ def test_refusals(generator, make_samples, settings) -> None:
     assert not settings().out.exists()
 
 
-def test_full_disk_keeps_the_previous_checkpoint(
-    generator, samples, settings, monkeypatch
-) -> None:
+def test_full_disk_keeps_the_previous_checkpoint(generator, samples, settings, monkeypatch) -> None:
     write, written = checkpoint._write, []
 
     def full_after_three(path: Path, data: bytes) -> None:
