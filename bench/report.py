@@ -5,6 +5,7 @@ python bench/report.py        rewrites the tables between README's bench markers
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -123,15 +124,39 @@ def figure(result: dict[str, Any], path: Path) -> None:
     pyplot.close(drawing)
 
 
+def demo_markdown(summary: dict[str, Any]) -> str:
+    """The demo's table: one row per way of tuning."""
+    names = {"none": "no tuning", "petite": "PETITE", "full": "full fine-tuning"}
+    lines = [
+        "| | PSNR dB | SSIM | NRMSE | trained % | step s | kept MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key, name in names.items():
+        value = summary[key]
+        trained = "" if key == "none" else f"{value['trainable_percent']:.2f}"
+        step = "" if key == "none" else f"{value['step_seconds']:.3f}"
+        kept = "" if key == "none" else f"{value['saved_bytes'] / 1e6:.1f}"
+        lines.append(
+            f"| {name} | {value['psnr']:.2f} | {value['ssim']:.4f} | {value['nrmse']:.4f} |"
+            f" {trained} | {step} | {kept} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Put the committed results between the markers of README.md."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--demo", type=Path, help="a demo's summary.json, to be committed as well")
+    demo = parser.parse_args().demo
+    results = HERE / "results"
+    if demo is not None:
+        (results / "demo.json").write_text(demo.read_text())
     readme = HERE.parent / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for path in sorted((HERE / "results").glob("*.json")):
+    for path in sorted(results.glob("*.json")):
         result = json.loads(path.read_text())
-        name = path.stem
-        pattern = rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)"
-        body = markdown(result)
+        body = demo_markdown(result) if path.stem == "demo" else markdown(result)
+        pattern = rf"(<!-- bench:{path.stem} -->\n).*?(<!-- /bench:{path.stem} -->)"
         text = re.sub(pattern, lambda m, b=body: m[1] + b + "\n" + m[2], text, flags=re.DOTALL)
     readme.write_text(text, encoding="utf-8")
     return 0

@@ -1,4 +1,4 @@
-"""petite_fast: parameter-efficient fine-tuning of 3-D networks, fast and memory-lean."""
+"""Adapt a 3-D network to a new scanner by training under one per cent of it."""
 
 from petite_fast._version import __version__
 from petite_fast.nn import (

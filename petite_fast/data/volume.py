@@ -25,7 +25,8 @@ from nibabel.wrapstruct import WrapStructError
 from petite_fast.errors import InputError
 from petite_fast.files import atomic_write
 
-_logger = logging.getLogger("petite_fast")
+# nibabel logs each repair of a header without naming the file; what it cannot repair raises.
+_silent = logging.Logger("header repairs", logging.CRITICAL + 1)
 
 _CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])  # R, A, S
 _HEADER_BYTES = 540  # NIfTI-2; NIfTI-1 has 348 and at least 4 more before the voxels
@@ -215,12 +216,14 @@ def _parse_header(head: bytes, source: Path) -> nib.Nifti1Header:
                 f"{source}: the voxels start at byte {offset:g};"
                 f" expected a place behind the header of {size} bytes"
             )
-        header.check_fix(logger=_logger, error_level=40)
+        header.check_fix(logger=_silent, error_level=40)
         shape = header.get_data_shape()
     except (HeaderDataError, WrapStructError, KeyError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{source}: the NIfTI header is invalid ({error})") from error
+        raise InputError(
+            f"{source}: the NIfTI header is invalid ({error}); expected a valid one"
+        ) from error
     if len(shape) < 3 or min(shape) < 1 or math.prod(shape[3:]) > 1:
         raise InputError(
             f"{source}: the image has shape {tuple(map(int, shape))}; expected one 3-D volume"
@@ -244,7 +247,9 @@ def _voxels(data: bytes, header: nib.Nifti1Header, source: Path) -> np.ndarray:
     try:
         slope, intercept = header.get_slope_inter()
     except HeaderDataError as error:
-        raise InputError(f"{source}: the NIfTI header is invalid ({error})") from error
+        raise InputError(
+            f"{source}: the NIfTI header is invalid ({error}); expected a valid one"
+        ) from error
     with np.errstate(over="ignore", invalid="ignore"):  # overflow becomes Inf, refused below
         if slope is not None and (slope, intercept) != (1.0, 0.0):
             stored = stored.astype(np.float64) * slope + intercept
@@ -260,7 +265,9 @@ def _affine_mm(header: nib.Nifti1Header, source: Path) -> np.ndarray:
     try:
         affine = np.array(header.get_best_affine(), dtype=np.float64)
     except (HeaderDataError, ValueError) as error:
-        raise InputError(f"{source}: the orientation in the header is invalid ({error})") from error
+        raise InputError(
+            f"{source}: the orientation in the header is invalid ({error}); expected a rotation"
+        ) from error
     affine[:3] *= _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     volume = abs(np.linalg.det(affine[:3, :3])) if np.isfinite(affine).all() else 0.0

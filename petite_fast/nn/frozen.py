@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 
 from petite_fast.ops import adapted_conv
 
-_Conv = TypeVar("_Conv", nn.Conv3d, nn.ConvTranspose3d)
+_Conv = TypeVar("_Conv", bound=nn.Conv3d | nn.ConvTranspose3d)
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def conv_arguments(conv: nn.Conv3d | nn.ConvTranspose3d) -> dict[str, Any]:
-    """The geometry of `conv` as the keyword arguments of `ops.adapted_conv`, output padding aside."""
+    """The geometry of `conv` as keywords of `ops.adapted_conv`, output padding aside."""
     return {
         "stride": conv.stride,
         "padding": conv.padding,
@@ -26,12 +26,12 @@ def conv_arguments(conv: nn.Conv3d | nn.ConvTranspose3d) -> dict[str, Any]:
 def output_padding(
     conv: nn.ConvTranspose3d, x: Tensor, output_size: list[int] | None
 ) -> list[int] | tuple[int, ...]:
-    """Output padding of a transposed convolution that gives `output_size` (None: the layer's own)."""
+    """Output padding that gives `output_size` (None: the layer's own)."""
     return conv._output_padding(
         x,
         output_size,
         list(conv.stride),
-        list(conv.padding),
+        list(conv.padding),  # type: ignore[arg-type]  # a string only in plain convolutions
         list(conv.kernel_size),
         3,
         list(conv.dilation),
@@ -95,7 +95,7 @@ class FrozenConv3d(nn.Conv3d):
         """
         require_type(conv, nn.Conv3d, f"{cls.__name__}.convert_")
         conv.__class__ = cls
-        return freeze(conv)  # type: ignore[return-value]
+        return freeze(cast(Any, conv))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, D, H, W] -> [N, O, D', H', W']."""
@@ -125,7 +125,7 @@ class FrozenConvTranspose3d(nn.ConvTranspose3d):
         """
         require_type(conv, nn.ConvTranspose3d, f"{cls.__name__}.convert_")
         conv.__class__ = cls
-        return freeze(conv)  # type: ignore[return-value]
+        return freeze(cast(Any, conv))
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """[N, C, D, H, W] -> [N, O, D', H', W']; `output_size` as in torch.nn.ConvTranspose3d."""

@@ -67,11 +67,12 @@ class LoRALayer(nn.Module):
 
         W_eff = W + scaling * B.A        scaling = lora_alpha / r
 
-    W and the bias are frozen; `lora_A` starts Kaiming-uniform (a = sqrt 5), `lora_B` at zero, so the
-    layer starts as the one it replaces. In evaluation mode without gradients W_eff is kept until the
-    weight, an adapter tensor, `scaling` or the dtype changes. Change is seen by identity, address and
-    version of the tensors, so a write that goes round autograd (``p.data.add_(...)``) is not: call
-    `train()` or `eval()` after one. The kept tensor is not part of the state dict, a copy or a pickle.
+    W and the bias are frozen; `lora_A` starts Kaiming-uniform (a = sqrt 5), `lora_B` at zero, so
+    the layer starts as the one it replaces. In evaluation mode without gradients W_eff is kept
+    until the weight, an adapter tensor, `scaling` or the dtype changes. A change is seen by
+    identity, address and version of the tensors, so a write that goes round autograd
+    (``p.data.add_(...)``) is not seen: call `train()` or `eval()` after one. The kept tensor is not
+    part of the state dict, a copy or a pickle.
 
     Attributes:
         lora_A, lora_B: shapes as in `ops.adapted_conv` and `ops.adapted_linear`; float32 for a base
@@ -83,8 +84,8 @@ class LoRALayer(nn.Module):
     torch_class: ClassVar[type[nn.Module]]
     frozen_class: ClassVar[type[nn.Module]]
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any
+    bias: Any
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     r: int
@@ -210,7 +211,7 @@ class LoRALayer(nn.Module):
         return self.training and self.lora_dropout > 0.0
 
     def _branch(self, x: Tensor, *arguments: Any) -> Tensor:
-        """scaling * B(A(dropout(x))), recomputed in backward with the same mask: it keeps x alone."""
+        """scaling * B(A(dropout(x))), recomputed in backward with the same mask: keeps x alone."""
         if not torch.is_grad_enabled():
             return self._low_rank(x, self.lora_A, self.lora_B, *arguments)
         return checkpoint(
@@ -251,7 +252,7 @@ class _LoRAConv(LoRALayer):
             conv: the torch layer that this class replaces, or its frozen twin.
             r: rank.
             lora_alpha: scaling * r.
-            options: lora_dropout, train_a, adapter_dtype (default: float32, or float64 for float64).
+            options: lora_dropout, train_a, adapter_dtype (default: at least float32).
 
         Raises:
             TypeError: `conv` is another layer.
@@ -266,8 +267,8 @@ class LoRAConv3d(_LoRAConv, nn.Conv3d):
     """`torch.nn.Conv3d` with LoRA, as one convolution: y = conv(x, W + scaling * B.A, b).
 
     lora_A (r, C/groups, kD, kH, kW) is shared by all groups, lora_B (O, r). Every stride, padding,
-    padding mode, dilation and group count of torch's layer. With ``lora_dropout > 0`` training takes
-    two paths (the branch's input differs from the layer's) and the branch is recomputed in backward.
+    padding mode, dilation and group count of torch's layer. With ``lora_dropout > 0`` training
+    takes two paths (the branch's input differs) and the branch is recomputed in backward.
 
     Args: those of torch.nn.Conv3d, and by keyword ``r=8, lora_alpha=16, lora_dropout=0.0,
         train_a=True``.
@@ -337,8 +338,10 @@ class LoRAConvTranspose3d(_LoRAConv, nn.ConvTranspose3d):
             x, kernel = F.conv3d(x, lora_A), lora_B  # [N, r, D, H, W]
         else:
             kernel = (lora_A.flatten(1).t() @ lora_B.flatten(1)).view_as(self.weight)
+        (extra,) = arguments
+        padding: Any = self.padding  # a string only in plain convolutions
         return F.conv_transpose3d(
-            x, kernel, None, self.stride, self.padding, *arguments, self.groups, self.dilation
+            x, kernel, None, self.stride, padding, extra, self.groups, self.dilation
         )
 
 
@@ -361,13 +364,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, r: int = 8, lora_alpha: float = 16, **options: Any
     ) -> LoRALinear:
-        """An adapted layer that shares the weight and bias of `linear`, which are frozen with it.
-
-        Args:
-            linear: the layer.
-            r: rank.
-            lora_alpha: scaling * r.
-            options: lora_dropout, train_a, adapter_dtype (default: float32, or float64 for float64).
+        """As LoRAConv3d.from_conv.
 
         Raises:
             TypeError: `linear` is not exactly a torch.nn.Linear.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -15,8 +15,8 @@ class FrozenBatchNorm3d(nn.BatchNorm3d):
 
         y = weight (x - running_mean) / sqrt(running_var + eps) + bias
 
-    Same parameters, buffers and state-dict names. `train()` leaves it in evaluation mode. Weight and
-    bias start with ``requires_grad = False``; the bias may train (BitFit).
+    Same parameters, buffers and state-dict names. `train()` leaves it in evaluation mode. Weight
+    and bias start with ``requires_grad = False``; the bias may train (BitFit).
 
     Raises:
         ValueError: ``track_running_stats=False``: there are no statistics to freeze.
@@ -56,7 +56,7 @@ class FrozenBatchNorm3d(nn.BatchNorm3d):
         _require_statistics(bn)
         bn.__class__ = cls
         bn.training = False
-        return freeze(bn)  # type: ignore[return-value]
+        return cast(FrozenBatchNorm3d, freeze(bn))
 
     def train(self, mode: bool = True) -> FrozenBatchNorm3d:
         """Stay in evaluation mode, whatever `mode`."""
@@ -65,9 +65,8 @@ class FrozenBatchNorm3d(nn.BatchNorm3d):
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, D, H, W] -> [N, C, D, H, W]."""
         self._check_input_dim(x)
-        return frozen_batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
-        )
+        mean, var = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
+        return frozen_batch_norm(x, mean, var, self.weight, self.bias, self.eps)
 
 
 def _require_statistics(bn: nn.BatchNorm3d) -> None:

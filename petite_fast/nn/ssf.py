@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from petite_fast.ops import scale_shift
+from petite_fast.ops.scale_shift import scale_shift
 
 
 class ScaleShift(nn.Module):

@@ -1,17 +1,16 @@
 """Putting adapters into a network, in place, and taking them out again.
 
-Everything that can be refused is refused while the plan is made; carrying it out changes classes and
-adds tensors to modules, so names, hooks and references to modules survive.
+Everything that can be refused is refused while the plan is made; carrying it out changes classes
+and adds tensors to modules, so names, hooks and references to modules survive.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from petite_fast.errors import InputError
@@ -61,27 +60,22 @@ class Injection:
 def tensor(net: nn.Module, name: str) -> Tensor:
     """The parameter or buffer called `name`."""
     path, _, leaf = name.rpartition(".")
-    module = net.get_submodule(path)
-    found = module._parameters.get(leaf)
-    if found is None:
-        found = module._buffers[leaf]
-    assert found is not None, name
-    return found
+    return cast(Tensor, getattr(net.get_submodule(path), leaf))
 
 
 def make_plan(net: nn.Module, config: AnyConfig) -> Plan:
     """What `config` means for `net`. Changes nothing.
 
     Raises:
-        InputError: a target that matches nothing, or a module that the method cannot adapt; a mix for
-            a network that does not say what its encoder and decoder are.
+        InputError: a target that matches nothing, or a module that the method cannot adapt; a mix
+            for a network that does not say what its encoder and decoder are.
         ValueError: `net` has adapters already.
         TypeError: `config` is not a config.
     """
     if any(isinstance(m, LoRALayer) or _has_prompt(m) for m in net.modules()):
         raise ValueError(
-            f"{type(net).__name__} has adapters already: use load_adapter or add_adapter, "
-            "or merge_and_unload before adapting it anew"
+            f"{type(net).__name__} has adapters already: load_adapter and add_adapter put another "
+            "into it, and a merged network keeps its prompts"
         )
     plan = Plan()
     if not isinstance(config, MixConfig):
@@ -118,7 +112,9 @@ def _add(plan: Plan, net: nn.Module, config: Any, inside: _Inside, where: str) -
 
 def carry_out(net: nn.Module, plan: Plan) -> Injection:
     """Freeze `net`, adapt what `plan` names, make every other frozen layer lean."""
-    requires_grad = {name: p.requires_grad for name, p in net.named_parameters()}
+    requires_grad = {
+        name: p.requires_grad for name, p in net.named_parameters(remove_duplicate=False)
+    }
     freeze(net)
     for name, config in plan.lora.items():
         module = net.get_submodule(name)
@@ -157,8 +153,7 @@ def take_out(net: nn.Module, injection: Injection, merge: bool) -> None:
         merge: fold LoRA into the weights and leave the prompts, frozen; False drops both.
     """
     for name in injection.lora:
-        module = net.get_submodule(name)
-        assert isinstance(module, LoRALayer)
+        module = cast(LoRALayer, net.get_submodule(name))
         if merge:
             # A new tensor: the old one may be shared with another module.
             module.weight = nn.Parameter(module.effective_weight())
@@ -166,18 +161,18 @@ def take_out(net: nn.Module, injection: Injection, merge: bool) -> None:
             delattr(module, leaf)
         for leaf in ("r", "lora_alpha", "scaling", "lora_dropout", "train_a", "_folded"):
             module.__dict__.pop(leaf, None)
-        module.__class__ = module.torch_class
-    for name in injection.twins:
-        module = net.get_submodule(name)
         module.__class__ = module.torch_class  # type: ignore[assignment]
-        module.training = net.training
+    for name in injection.twins:
+        twin = net.get_submodule(name)
+        twin.__class__ = twin.torch_class  # type: ignore[assignment]
+        twin.training = net.training
     for name in injection.prompts:
-        stage = net.get_submodule(name)
+        stage: Any = net.get_submodule(name)
         if merge:
-            freeze(stage.prompt)  # type: ignore[type-var]
+            freeze(stage.prompt)
         else:
             stage.prompt = None
-    for name, parameter in net.named_parameters():
+    for name, parameter in net.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(injection.requires_grad.get(name, False))
 
 
@@ -253,7 +248,7 @@ def _prompt_stages(
     net: nn.Module, config: PromptConfig, inside: _Inside, where: str
 ) -> dict[str, int]:
     named = {name: entry for name, entry in _named(net).items() if inside(name)}
-    stages = {}
+    stages: dict[str, int] = {}
     for pattern, count in config.num_prompts.items():
         matches = _matcher(pattern, "num_prompts")
         hits = [name for name in named if matches(name)]
@@ -287,10 +282,3 @@ def _can_be_lean(module: nn.Module) -> bool:
     if isinstance(module, nn.BatchNorm3d):
         return module.running_mean is not None and module.running_var is not None
     return "weight" in module._parameters
-
-
-def own_names(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of everything in the state dict, the live parameters themselves."""
-    for name, value in net.state_dict(keep_vars=True).items():
-        if isinstance(value, torch.Tensor):
-            yield name, value

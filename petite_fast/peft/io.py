@@ -1,4 +1,4 @@
-"""Adapter files: adapter_config.json and adapter_model.safetensors, as Hugging Face PEFT names them.
+"""Adapter files: adapter_config.json and adapter_model.safetensors, as Hugging Face PEFT has them.
 
 Tensor names are ``base_model.model.<module>.lora_A.weight`` for LoRA and
 ``base_model.model.<module>.<leaf>`` for the rest. The config carries the sha256 of the base network
@@ -77,7 +77,7 @@ def file_name(name: str) -> str:
 def state_sha256(state: Mapping[str, Any]) -> str:
     """sha256 over name, dtype, shape and bytes of every tensor, sorted by name.
 
-    The batch counters of BatchNorm layers are left out: they change nothing that a network computes.
+    The batch counters of BatchNorm layers are left out: nothing is computed from them.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
@@ -86,7 +86,7 @@ def state_sha256(state: Mapping[str, Any]) -> str:
             continue
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         plain = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(plain.view(torch.uint8).numpy()))
+        digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from petite_fast.nn.lora import LoRAConv3d
 from petite_fast.peft import io
 from petite_fast.peft.config import AnyConfig
-from petite_fast.peft.inject import Injection, carry_out, make_plan, own_names, take_out, tensor
+from petite_fast.peft.inject import Injection, Plan, carry_out, make_plan, take_out, tensor
 
 
 @dataclass
@@ -39,9 +38,9 @@ class _State:
 class PeftModel(nn.Module):
     """An adapted network: its own class with these methods in front. Made by `get_peft_model`.
 
-    The network is changed in place and stays an instance of its class, with the same module names and
-    the same names in its state dict, plus those of the adapter. `train()` leaves every norm with
-    running statistics in evaluation mode: a frozen network's statistics do not move.
+    The network is changed in place and stays an instance of its class, with the same module names
+    and the same names in its state dict, plus those of the adapter. `train()` leaves every norm
+    with running statistics in evaluation mode: a frozen network's statistics do not move.
 
     One adapter is active, its values are those of the network's parameters; others are kept beside
     it. Switching writes values into the same parameters, so an optimiser stays valid (its moments
@@ -67,10 +66,11 @@ class PeftModel(nn.Module):
                 is then as it was.
             ValueError: `net` has adapters already.
         """
+        _require_bare(net)
         file = io.read_adapter(directory)
         plan = make_plan(net, file.config)
         io.check_base(file, io.state_sha256(net.state_dict()))
-        model = get_peft_model(net, file.config, name, plan=plan)
+        model = _adapt(net, file.config, plan, name)
         try:
             values = io.network_values(file, model._tensors())
         except ValueError:
@@ -187,10 +187,10 @@ class PeftModel(nn.Module):
     def merge_and_unload(self) -> nn.Module:
         """Fold the active adapter into the network and make it a plain one again, in place.
 
-        LoRA goes into the weights, exactly; trained biases stay where they are; frozen layers become
-        torch's own classes, and every parameter gets back the `requires_grad` it had. Channel prompts
-        depend on the patch size and cannot be folded into a weight: they stay, as frozen modules.
-        Other adapters are dropped.
+        LoRA goes into the weights, exactly; trained biases stay where they are; frozen layers
+        become torch's own classes, and every parameter gets back the `requires_grad` it had.
+        Channel prompts depend on the place in the patch and cannot be folded into a weight: they
+        stay, as frozen modules. Other adapters are dropped.
 
         Raises:
             ValueError: the adapter is disabled.
@@ -233,7 +233,7 @@ class PeftModel(nn.Module):
         state = self._peft
         owned = {id(value): name for name, value in self._tensors().items()}
         base = {}
-        for name, value in own_names(self):
+        for name, value in self.state_dict(keep_vars=True).items():
             owner = owned.get(id(value))
             if owner is None:
                 base[name] = value.detach()
@@ -278,51 +278,57 @@ class PeftModel(nn.Module):
             raise ValueError(f"{caller}: got a disabled adapter, wanted it outside disable_adapter")
 
 
-def get_peft_model(
-    net: nn.Module, config: AnyConfig, adapter_name: str = "default", *, plan: Any = None
-) -> PeftModel:
+def get_peft_model(net: nn.Module, config: AnyConfig, adapter_name: str = "default") -> PeftModel:
     """Adapt `net` in place and return it.
 
     Everything is frozen; the targets of `config` get adapters; every other frozen convolution and
-    3-D BatchNorm becomes its lean twin, the same layer that keeps no activation. The outputs in
-    evaluation mode do not change.
+    3-D BatchNorm becomes its lean twin, the same layer that keeps no activation. The network starts
+    as the one it was, with norms in evaluation mode: the same sums, which may round differently in
+    the last bit where a lean layer takes a faster kernel or another memory layout than torch's.
 
     Args:
         net: any module; it stays an instance of its class.
         config: LoraConfig, BitFitConfig, PromptConfig or MixConfig.
         adapter_name: name of the adapter.
-        plan: what `make_plan` gave for this network and config, when it was called already.
 
     Raises:
         InputError: targets that match nothing, or that the method cannot adapt.
         ValueError: `net` has adapters already.
-        TypeError: `net` is compiled or wrapped for distributed training: adapt it before.
+        TypeError: `net` is not a module, or is compiled or wrapped: adapt it before.
     """
+    _require_bare(net)
+    return _adapt(net, config, make_plan(net, config), adapter_name)
+
+
+def _adapt(net: nn.Module, config: AnyConfig, plan: Plan, name: str) -> PeftModel:
+    injection = carry_out(net, plan)
+    initial = {key: tensor(net, key).detach().clone() for key in injection.tensors}
+    net.__class__ = _adapted_class(type(net))
+    model = cast(PeftModel, net)
+    model._peft = _State(config, injection, name, initial)
+    return model.train(model.training)
+
+
+def _require_bare(net: nn.Module) -> None:
+    """Refuse what is not a network, or hides one."""
     if not isinstance(net, nn.Module):
         raise TypeError(f"net: got {type(net).__name__}, wanted a torch.nn.Module")
-    inner = getattr(net, "_orig_mod", None) or (
-        net.module
-        if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-        else None
-    )
-    if inner is not None or isinstance(net, torch.jit.ScriptModule):
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)
+    if isinstance(net, wrappers) or hasattr(net, "_orig_mod"):
         raise TypeError(
             f"net: got a {type(net).__name__}, wanted the network itself: adapt it before it is "
             "compiled or wrapped"
         )
-    if plan is None:
-        plan = make_plan(net, config)
-    injection = carry_out(net, plan)
-    initial = {name: tensor(net, name).detach().clone() for name in injection.tensors}
-    net.__class__ = _adapted_class(type(net))
-    net._peft = _State(config, injection, adapter_name, initial)  # type: ignore[assignment]
-    return net.train(net.training)  # type: ignore[return-value]
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[PeftModel]] = {}
+
+
 def _adapted_class(base: type[nn.Module]) -> type[PeftModel]:
-    """A class that is both PeftModel and `base`."""
-    return type(f"Peft{base.__name__}", (PeftModel, base), {"_peft_base": base})
+    """The one class that is both PeftModel and `base`."""
+    if base not in _CLASSES:
+        _CLASSES[base] = type(f"Peft{base.__name__}", (PeftModel, base), {"_peft_base": base})
+    return _CLASSES[base]
 
 
 def _new(base: type[nn.Module]) -> PeftModel:

@@ -7,12 +7,13 @@ import random
 
 import pytest
 import torch
+
 from petite_fast.backends import native
 
 pytestmark = pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
 
 
-def testing():
+def hooks():
     return native._load()[0].testing
 
 
@@ -23,7 +24,7 @@ def emulate(weight, lora_A, lora_B, scale, gamma, groups, transposed, dtype, blo
     channels = (first, second * groups) if transposed else (second * groups, first)
     rank = 0 if lora_A is None else lora_A.shape[0]
     kernel = tuple(weight.shape[2:])
-    testing().emulate_effective_weight(
+    hooks().emulate_effective_weight(
         *given, *channels, groups, kernel, rank, scale, transposed, block
     )
     return out
@@ -80,8 +81,8 @@ def values():
     ("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)]
 )
 def test_conversions_agree_with_torch(name, dtype):
-    narrow = getattr(testing(), f"to_{name}")
-    widen = getattr(testing(), f"from_{name}")
+    narrow = getattr(hooks(), f"to_{name}")
+    widen = getattr(hooks(), f"from_{name}")
     singles = values().float()
     expected = singles.to(dtype)
     bits = expected.view(torch.int16).int().bitwise_and(0xFFFF)
@@ -95,9 +96,7 @@ def test_conversions_agree_with_torch(name, dtype):
         assert got == code, f"{value!r}: {got:#x}, wanted {code:#x}"
         assert widen(got) == want
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
-    for code, want in zip(
-        range(-(1 << 15), 1 << 15), every.float().tolist(), strict=True
-    ):
+    for code, want in zip(range(-(1 << 15), 1 << 15), every.float().tolist(), strict=True):
         value = widen(code & 0xFFFF)
         assert value == want or (math.isnan(value) and math.isnan(want))
 
@@ -105,14 +104,14 @@ def test_conversions_agree_with_torch(name, dtype):
 def test_a_double_is_rounded_once():
     # 1 + 2^-8 is halfway between two bfloat16; a little more, invisible in float32, rounds up.
     tie = 1 + 2.0**-8
-    widen = testing().from_bfloat16
-    assert widen(testing().to_bfloat16(tie)) == 1.0
-    assert widen(testing().to_bfloat16(tie + 2.0**-40)) == 1 + 2.0**-7
-    assert widen(testing().to_bfloat16(tie - 2.0**-40)) == 1.0
-    half = testing().from_float16
-    assert half(testing().to_float16(1 + 2.0**-11 + 2.0**-40)) == 1 + 2.0**-10
-    assert half(testing().to_float16(-1 - 3 * 2.0**-11 + 2.0**-40)) == -1 - 2.0**-10
-    assert math.isinf(widen(testing().to_bfloat16(1e300)))
+    widen = hooks().from_bfloat16
+    assert widen(hooks().to_bfloat16(tie)) == 1.0
+    assert widen(hooks().to_bfloat16(tie + 2.0**-40)) == 1 + 2.0**-7
+    assert widen(hooks().to_bfloat16(tie - 2.0**-40)) == 1.0
+    half = hooks().from_float16
+    assert half(hooks().to_float16(1 + 2.0**-11 + 2.0**-40)) == 1 + 2.0**-10
+    assert half(hooks().to_float16(-1 - 3 * 2.0**-11 + 2.0**-40)) == -1 - 2.0**-10
+    assert math.isinf(widen(hooks().to_bfloat16(1e300)))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -132,7 +131,7 @@ def test_output_size_is_that_of_torch(transposed):
             y = torch.nn.functional.conv_transpose3d(x, weight, output_padding=extra, **common)
         else:
             y = torch.nn.functional.conv3d(x, weight, **common)
-        got = testing().output_size(size, kernel, stride, padding, dilation, extra, transposed)
+        got = hooks().output_size(size, kernel, stride, padding, dilation, extra, transposed)
         assert tuple(got) == tuple(y.shape[2:])
 
 
@@ -149,7 +148,7 @@ def test_input_coordinate_makes_the_convolution(transposed, kernel, stride, padd
     result = torch.zeros_like(expected)
     for output in range(len(expected)):
         for tap in range(kernel):
-            position = testing().input_coordinate(
+            position = hooks().input_coordinate(
                 output, tap, 9, kernel, stride, padding, dilation, transposed
             )
             if position >= 0:
@@ -160,19 +159,19 @@ def test_input_coordinate_makes_the_convolution(transposed, kernel, stride, padd
 def test_offset_of_uses_the_strides():
     tensor = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5).permute(2, 0, 3, 1)
     index = (3, 1, 4, 2)
-    assert testing().offset_of(tensor.stride(), index) == tensor[index]
+    assert hooks().offset_of(tensor.stride(), index) == tensor[index]
     with pytest.raises(ValueError, match="one length"):
-        testing().offset_of([1, 2], [0])
+        hooks().offset_of([1, 2], [0])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_parallel_loop_covers_every_item_once(threads):
     for count in (0, 1, 4, 1000):
-        assert testing().parallel_sum(count, threads, -1) == sum(range(count))
+        assert hooks().parallel_sum(count, threads, -1) == sum(range(count))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_an_exception_in_the_parallel_loop_arrives(threads):
     with pytest.raises(RuntimeError, match="failed at 777"):
-        testing().parallel_sum(1000, threads, 777)
-    assert testing().parallel_sum(10, threads, -1) == 45
+        hooks().parallel_sum(1000, threads, 777)
+    assert hooks().parallel_sum(10, threads, -1) == 45

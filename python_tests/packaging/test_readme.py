@@ -1,0 +1,47 @@
+"""README keeps its word: the quick start runs, the commands and their options exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_quick_start_runs(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert "trainable params" in run.stdout
+    assert "bytes kept" in run.stdout
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+COMMANDS = sorted({line for line in README.splitlines() if line.startswith("petite-fast ")})
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_and_options_exist(line: str) -> None:
+    words = line.split("#")[0].split()
+    run = subprocess.run(
+        [sys.executable, "-m", "petite_fast.cli", words[1], "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"COLUMNS": "200", "PATH": "", "NO_COLOR": "1", "TERM": "dumb"},
+    )
+    assert run.returncode == 0, run.stderr
+    for option in (word for word in words if word.startswith("--")):
+        assert option in run.stdout, f"{words[1]} has no {option}"
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "bench", "gpu-check", "lint"])
+def test_make_targets(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
