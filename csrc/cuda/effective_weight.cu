@@ -11,9 +11,10 @@ namespace cuda {
 namespace {
 
 constexpr int kMaxThreads = 256;
+constexpr int kMinBlocks = 4;  // up to 64 registers a thread: without it the compiler spills at 40
 
 template <typename Acc>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
     effective_weight_kernel(const __grid_constant__ EffectiveWeightParams p) {
   __shared__ Acc staged[kRankChunk * kTileRows];
   const int threads = static_cast<int>(blockDim.x);

@@ -45,7 +45,7 @@ def conv_like(conv: nn.Conv3d | nn.ConvTranspose3d, cls: type[_Conv]) -> _Conv:
         arguments["output_padding"] = conv.output_padding
     new = cls(conv.in_channels, conv.out_channels, conv.kernel_size, **arguments)  # type: ignore[arg-type]
     new.weight, new.bias = conv.weight, conv.bias
-    return new.train(conv.training)
+    return cast(_Conv, new.train(conv.training))
 
 
 def freeze(module: _Module) -> _Module:

@@ -69,14 +69,8 @@ def make_plan(net: nn.Module, config: AnyConfig) -> Plan:
     Raises:
         InputError: a target that matches nothing, or a module that the method cannot adapt; a mix
             for a network that does not say what its encoder and decoder are.
-        ValueError: `net` has adapters already.
         TypeError: `config` is not a config.
     """
-    if any(isinstance(m, LoRALayer) or _has_prompt(m) for m in net.modules()):
-        raise ValueError(
-            f"{type(net).__name__} has adapters already: load_adapter and add_adapter put another "
-            "into it, and a merged network keeps its prompts"
-        )
     plan = Plan()
     if not isinstance(config, MixConfig):
         _add(plan, net, config, lambda name: True, "")
@@ -273,8 +267,10 @@ def _unused(net: nn.Module, parameter: str) -> bool:
     return pattern is not None and re.match(pattern, parameter) is not None
 
 
-def _has_prompt(module: nn.Module) -> bool:
-    return hasattr(module, "make_prompt") and getattr(module, "prompt", None) is not None
+def has_adapter(module: nn.Module) -> bool:
+    """Whether this very module holds LoRA or a prompt."""
+    has_prompt = hasattr(module, "make_prompt") and getattr(module, "prompt", None) is not None
+    return has_prompt or isinstance(module, LoRALayer)
 
 
 def _can_be_lean(module: nn.Module) -> bool:

@@ -16,7 +16,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from petite_fast.nn.lora import LoRAConv3d
 from petite_fast.peft import io
 from petite_fast.peft.config import AnyConfig
-from petite_fast.peft.inject import Injection, Plan, carry_out, make_plan, take_out, tensor
+from petite_fast.peft.inject import (
+    Injection,
+    Plan,
+    carry_out,
+    has_adapter,
+    make_plan,
+    take_out,
+    tensor,
+)
 
 
 @dataclass
@@ -310,7 +318,7 @@ def _adapt(net: nn.Module, config: AnyConfig, plan: Plan, name: str) -> PeftMode
 
 
 def _require_bare(net: nn.Module) -> None:
-    """Refuse what is not a network, or hides one."""
+    """Refuse what is not a network, hides one, or is adapted already."""
     if not isinstance(net, nn.Module):
         raise TypeError(f"net: got {type(net).__name__}, wanted a torch.nn.Module")
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)
@@ -318,6 +326,11 @@ def _require_bare(net: nn.Module) -> None:
         raise TypeError(
             f"net: got a {type(net).__name__}, wanted the network itself: adapt it before it is "
             "compiled or wrapped"
+        )
+    if any(isinstance(m, PeftModel) or has_adapter(m) for m in net.modules()):
+        raise ValueError(
+            f"{type(net).__name__} has adapters already: load_adapter and add_adapter put another "
+            "into it, and a merged network keeps its prompts"
         )
 
 

@@ -12,6 +12,12 @@ import pytest
 from petite_fast.data import Pair, write_volume
 
 
+@pytest.fixture(scope="session")
+def data_dir(test_data: Path) -> Path:
+    """Folder of real PET (skips when it is absent)."""
+    return test_data
+
+
 @pytest.fixture
 def blob() -> np.ndarray:
     """A noisy bright ball in an empty field, [12, 10, 9]."""
