@@ -121,8 +121,8 @@ def simulate(
 
 
 @app.command(
-    epilog="Example:  petite-fast pretrain --data data/136/dataset.json --fold 0 --out runs/base  ·  "
-    "a small network:  petite-fast pretrain --data data/136/dataset.json --widths 16,32,64,128 "
+    epilog="Example:  petite-fast pretrain --data data/136/dataset.json --fold 0 --out runs/base"
+    "  ·  a small one:  petite-fast pretrain --data data/136/dataset.json --widths 16,32,64,128 "
     "--patch 32,32,32 --steps 500 --out runs/small"
 )
 def pretrain(
@@ -285,7 +285,8 @@ def info() -> None:
 
 
 @app.command(
-    epilog="Example:  petite-fast demo --out runs/demo  ·  petite-fast demo --quick --out runs/quick"
+    epilog="Example:  petite-fast demo --out runs/demo"
+    "  ·  petite-fast demo --quick --out runs/quick"
 )
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, runs, picture and summary.json.")] = (

@@ -26,7 +26,7 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """Folder of real PET: PETITE_FAST_TEST_DATA, else shared/data beside the checkout, else skip."""
+    """Folder of real PET: PETITE_FAST_TEST_DATA, else ../shared/data; else skip."""
     named = os.environ.get("PETITE_FAST_TEST_DATA")
     folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
     if not folder.is_dir():

@@ -160,7 +160,10 @@ def restore_optimizer(
 def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, JSON-able rest) of the random generators of Python, numpy and torch."""
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    tensors = {"rng/torch": torch.get_rng_state(), "rng/numpy": torch.tensor(keys.astype(np.int64))}
+    tensors = {
+        "rng/torch": torch.get_rng_state(),
+        "rng/numpy": torch.from_numpy(np.asarray(keys, np.int64)),
+    }
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     rest = {"python": random.getstate(), "numpy": [position, has_gauss, cached]}

@@ -105,7 +105,7 @@ def run_demo(
             base,
             target,
             replace(settings, out=out / method, steps=plan.finetune_steps),
-            recipe=method,  # type: ignore[arg-type]
+            recipe=method,
             rank=plan.rank,
             num_prompts=plan.num_prompts,
         )

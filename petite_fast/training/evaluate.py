@@ -63,7 +63,7 @@ def evaluate(
     Raises:
         InputError: a volume cannot be read, or prediction and target are on different grids.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for comparison in comparisons:
         pred, target = read_volume(comparison.prediction), read_volume(comparison.target)
         if not same_grid(pred, target):

@@ -66,7 +66,7 @@ class Reconstructor:
                 sw_device=device,
                 device="cpu",
             )
-        return self.normaliser.inverse(y[0, 0].numpy(), record)
+        return self.normaliser.inverse(y[0, 0].numpy(), record)  # type: ignore[call-overload]
 
     def file(self, path: Path, out: Path) -> Path:
         """Reconstruct one NIfTI into folder `out`, on its own grid; the file written.

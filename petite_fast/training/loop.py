@@ -27,14 +27,14 @@ import torch
 from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.plugins import Precision as Precision32
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from petite_fast.errors import InputError
 from petite_fast.training import checkpoint
 from petite_fast.training.interrupt import StopSignal, TrainingInterrupted
 from petite_fast.training.logs import RunLog
-from petite_fast.training.objectives import Objective
+from petite_fast.training.objectives import GANObjective, Objective
 
 logger = logging.getLogger("petite_fast")
 
@@ -223,7 +223,7 @@ class _Run:
                 self.networks["discriminator"] = discriminator
         self.skip = {"generator": known, "discriminator": frozenset[str]()}
         self.trained: dict[str, dict[str, nn.Parameter]] = {}
-        self.optimizers: dict[str, Optimizer] = {}
+        self.optimizers: dict[str, Any] = {}
         self.schedules: dict[str, CosineAnnealingLR] = {}
         for name, net in self.networks.items():
             self.trained[name] = {n: p for n, p in net.named_parameters() if p.requires_grad}
@@ -261,14 +261,15 @@ class _Run:
             fake = self.networks["generator"](x)
             losses = self.objective.generator_losses(x, y, fake)
         self._update("generator", losses["loss"], step)
-        if self.objective.trains_discriminator:
+        if isinstance(self.objective, GANObjective) and self.objective.trains_discriminator:
             with self.fabric.autocast():
                 losses["loss_d"] = self.objective.discriminator_loss(x, y, fake)
             self._update("discriminator", losses["loss_d"], step)
         row = {name: value.item() for name, value in losses.items()}
         if self.fabric.device.type == "cuda":
             torch.cuda.synchronize()
-        return {**row, "lr": lr, "seconds": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        return row | {"lr": float(lr), "seconds": seconds}
 
     def _update(self, name: str, loss: Tensor, step: int) -> None:
         if not math.isfinite(loss.item()):
@@ -278,7 +279,7 @@ class _Run:
         if self.fabric.world_size > 1:
             for p in self.trained[name].values():
                 if p.grad is not None:
-                    p.grad = self.fabric.all_reduce(p.grad, reduce_op="mean")
+                    p.grad = self.fabric.all_reduce(p.grad, reduce_op="mean")  # type: ignore[assignment]
         optimizer.step()
         optimizer.zero_grad()
         self.schedules[name].step()

@@ -203,7 +203,7 @@ def merge(base: Path, adapter: Path, out: Path) -> bool:
     merged = model.merge_and_unload()
     prompts = {name: stage.prompt for name, stage in merged.named_modules() if _prompted(stage)}
     for name in prompts:
-        merged.get_submodule(name).prompt = None
+        merged.get_submodule(name).prompt = None  # type: ignore[assignment]
     metadata = loaded.metadata | told
     folder = out / "base" if prompts else out
     save_network(folder, merged, loaded.discriminator, **metadata)  # type: ignore[arg-type]

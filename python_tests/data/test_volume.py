@@ -13,7 +13,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from nibabel.orientations import aff2axcodes, inv_ornt_aff
+from nibabel.orientations import aff2axcodes
 
 from petite_fast.data import Volume, read_volume, write_like, write_volume
 from petite_fast.data.volume import same_grid
@@ -66,7 +66,6 @@ def refused(path: Path, *words: str) -> None:
 @pytest.mark.parametrize("orientation", ORIENTATIONS, ids=lambda o: "".join(map(str, o.ravel())))
 def test_round_trip_of_every_flip_and_permutation(tmp_path: Path, orientation: np.ndarray) -> None:
     # The file is made voxel by voxel: independent of how the reader reorders.
-    to_ras = np.linalg.inv(inv_ornt_aff(orientation, SHAPE))
     file_shape = [0, 0, 0]
     for file_axis, (ras_axis, _) in enumerate(orientation):
         file_shape[file_axis] = SHAPE[ras_axis]
@@ -82,7 +81,6 @@ def test_round_trip_of_every_flip_and_permutation(tmp_path: Path, orientation: n
         file_affine[a, file_axis] = sign * SPACING[a]
         if sign < 0:
             file_affine[a, 3] += (SHAPE[a] - 1) * SPACING[a]
-    assert to_ras.shape == (4, 4)
     source = save(tmp_path / "in.nii.gz", stored, file_affine)
 
     volume = read_volume(source)
@@ -302,7 +300,7 @@ def test_complex_and_colour_voxels(tmp_path: Path) -> None:
     refused(save(tmp_path / "b.nii.gz", rgb), "expected real numbers")
 
 
-@pytest.mark.parametrize("row", [b"\0" * 16, struct.pack("<4f", 1.5, 0, 0, -10.5) * 1])
+@pytest.mark.parametrize("row", [b"\0" * 16, struct.pack("<4f", 1.5, 0, 0, -10.5)])
 def test_singular_affine(tmp_path: Path, row: bytes) -> None:
     path = save(tmp_path / "a.nii", voxels())
     assert nib.load(path).header["sform_code"] > 0

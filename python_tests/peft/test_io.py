@@ -50,7 +50,7 @@ def base(small):
 
 
 @pytest.fixture
-def saved(small, tmp_path):
+def saved(base, small, tmp_path):
     """(adapted network, directory that holds its adapter)."""
     model = scramble(get_peft_model(small, LORA))
     model.save_pretrained(tmp_path, {"scanner": "63", "normalisation": "paired", "epochs": 3})
@@ -255,7 +255,7 @@ DAMAGE = {
     other_rank: "",
     missing_key: "1 tensors missing (first: base_model.model.up.lora_A.weight), 0 unexpected",
     extra_key: "0 tensors missing, 1 unexpected (first: extra)",
-    other_shape: "up.lora_A.weight is torch.float64 (2, 9, 1, 1, 1), expected floating point (2, 8",
+    other_shape: "up.lora_A.weight is torch.float32 (2, 9, 1, 1, 1), expected floating point (2, 8",
     integers: "torch.int32",
     truncated: "truncated or not a safetensors file",
     html: "truncated or not a safetensors file",
@@ -364,7 +364,7 @@ def make_dense():
         nn.ReLU(),
         nn.Conv3d(8, 4, (1, 3, 3), stride=2),
         nn.Flatten(),
-        nn.Linear(24, 5),
+        nn.Linear(48, 5),
         nn.Linear(5, 3),
     ).double()
 
