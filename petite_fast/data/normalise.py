@@ -41,10 +41,10 @@ def mean_uptake(array: np.ndarray) -> float:
     """Mean over the body, in the units of `array`; SPM's global.
 
     m = mean of voxels > (mean of all voxels) / 8, where negative voxels count as zero.
-    A mean hardly grows with noise or with one hot lesion, as maxima and percentiles do: of a
-    scan thinned to a sixth it is within 5 % of the standard scan's (simulated scanners and real
-    whole-body crops), where the 95th foreground percentile is off by up to 11 % and the
-    maximum by 20-40 %. Scanners of different noise therefore land on the same range.
+    A mean grows less with noise, or with one hot lesion, than percentiles and maxima do.
+    Short scan against standard scan, measured: on the five simulated scanners 0-4 % more
+    (95th foreground percentile 4-11 %, maximum 15-38 %); on 36 real whole-body crops thinned
+    to a sixth, 3.5 % off in the median and 18 % at worst (maximum: 6 % and 19 %).
     """
     positive = np.maximum(array, 0)
     body = positive[positive > positive.mean(dtype=np.float64) / 8]

@@ -166,7 +166,7 @@ def take_out(net: nn.Module, injection: Injection, merge: bool) -> None:
             freeze(stage.prompt)
         else:
             stage.prompt = None
-    for name, parameter in net.named_parameters(remove_duplicate=False):
+    for name, parameter in net.named_parameters():
         parameter.requires_grad_(injection.requires_grad.get(name, False))
 
 

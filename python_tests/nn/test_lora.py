@@ -278,6 +278,12 @@ def replace_data_twice(layer):
     layer.lora_B.data = torch.randn_like(layer.lora_B)
 
 
+def replace_by_alias(layer):
+    # Same address, and after one write the same version as the tensor it replaces.
+    layer.lora_B = nn.Parameter(layer.lora_B.data)
+    layer.lora_B.mul_(2)
+
+
 def change_scale(layer):
     layer.scaling = 5.0
 
@@ -302,6 +308,7 @@ def change_dtype(layer):
 
 CHANGES = [
     change_in_place, change_base, replace_parameter, replace_data, replace_data_twice,
+    replace_by_alias,
     change_scale, load_values, take_a_step, write_past_autograd, change_dtype,
 ]  # fmt: skip
 
