@@ -104,16 +104,24 @@ template <typename Acc, typename T>
 void multiply_add_unit(const RowFactors<Acc>& f, int rows, Rows<const Acc> base, Rows<const T> v,
                        Rows<Acc> target, int64_t count) {
   constexpr int kLanes = VectorOf<Acc>::kLanes;
-  int64_t done = 0;
-  if (rows == kRows) {
-    done = multiply_add<kRows, kWide>(f, 0, base, v, target, 0, count);
-    done = multiply_add<kRows, 1>(f, 0, base, v, target, done, count);
-  } else {
-    for (int i = 0; i < rows; ++i) done = multiply_add<1, 1>(f, i, base, v, target, 0, count);
-  }
+  const auto run_from = [&](int64_t j) {
+    if (rows == kRows) {
+      j = multiply_add<kRows, kWide>(f, 0, base, v, target, j, count);
+      return multiply_add<kRows, 1>(f, 0, base, v, target, j, count);
+    }
+    int64_t end = j;
+    for (int i = 0; i < rows; ++i) end = multiply_add<1, 1>(f, i, base, v, target, j, count);
+    return end;
+  };
+  const int64_t done = run_from(0);
   const int64_t left = count - done;
   if (left == 0) return;
-  // The last columns go through padded copies: a vector must not be read past its matrix.
+  // A vector must not reach past its matrix. The last one overlaps the one before, whose columns
+  // come out the same again unless they are updated in place; then the rest goes through copies.
+  if (count >= kLanes && base.first != target.first) {
+    run_from(count - kLanes);
+    return;
+  }
   T v_copy[kRankBlock][kLanes] = {};
   Acc copy[kRows][kLanes] = {};
   for (int q = 0; q < f.ranks; ++q) std::copy_n(v.at(q, done), left, v_copy[q]);

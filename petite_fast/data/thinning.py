@@ -26,7 +26,8 @@ def thin(
             are then rounded up or down at random without bias. A reconstruction is noisier
             than its voxels' share of the measured counts says, so for a real volume this is a
             *noise-equivalent* number: 100 per voxel of the body gives a short scan of a sixth
-            sqrt((1 - 1/6) / (100 / 6)) = 22 % noise in a voxel of mean uptake. None: `image` is counts already (unit 1).
+            sqrt((1 - 1/6) / (100 / 6)) = 22 % noise in a voxel of mean uptake. None:
+            `image` is counts already (unit 1).
 
     Returns:
         float32 array of the shape and in the units of `image`.

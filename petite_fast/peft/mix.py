@@ -35,7 +35,7 @@ def petite_recipe(
     Raises:
         InputError: unknown network, or a value outside its range.
 
-    Source: PETITE (Kim et al., MICCAI 2024).
+    Source: PETITE (arXiv 2407.07517, MICCAI 2024).
     """
     if network not in RECIPES:
         raise InputError(f"no PETITE recipe for {network!r}, expected one of {sorted(RECIPES)}")

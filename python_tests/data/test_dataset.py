@@ -81,6 +81,13 @@ def test_order_is_shuffled_and_changes_with_the_epoch(pairs: list[Pair]) -> None
     assert sorted(orders[0]) == sorted(orders[1])
 
 
+def test_positions_change_with_the_epoch(pairs: list[Pair]) -> None:
+    patches = PatchDataset(pairs[:1], (4, 4, 4))  # one pair: the order cannot change
+    first = [item["input"] for item in patches]
+    patches.set_epoch(1)
+    assert not any(torch.equal(a, b["input"]) for a, b in zip(first, patches, strict=True))
+
+
 def test_half_of_the_patches_are_centred_on_foreground(tmp_path: Path) -> None:
     image = np.zeros((60, 60, 60), np.float32)
     image[28:32, 28:32, 28:32] = 100  # 0.03 % of the volume
@@ -123,10 +130,10 @@ def test_cache_holds_what_fits_and_drops_the_oldest(pairs: list[Pair], reads: li
     reads.clear()
 
     patches = PatchDataset(pairs, (4, 4, 4), cache_bytes=int(2.5 * size))
-    for volume in (0, 1, 0, 1, 2, 1, 0):  # 2 evicts 0, not 1, which was used later
+    for volume in (0, 1, 0, 2, 0, 1):  # 2 evicts 1: 0 came first but was used later
         patches._load(volume)
         assert patches._cache.nbytes <= 2.5 * size
-    assert [p.name for p in reads[::2]] == [f"in_{k}.nii.gz" for k in (1, 2, 3, 1)]
+    assert [p.name for p in reads[::2]] == [f"in_{k}.nii.gz" for k in (1, 2, 3, 2)]
 
 
 def test_a_pair_larger_than_the_cache_is_read_each_time(

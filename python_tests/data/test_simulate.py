@@ -190,6 +190,9 @@ def test_deformation_is_smooth_and_invertible() -> None:
         jacobian = np.stack([np.stack(np.gradient(points[i], 8.0)) for i in range(3)])
         determinant = np.linalg.det(np.moveaxis(jacobian, (0, 1), (-2, -1)))
         assert 0.3 < determinant.min() and determinant.max() < 3
+        affine = replace(subject, warp=np.zeros_like(subject.warp)).template_points(axes)
+        displacement = np.linalg.norm(points - affine, axis=0)  # mm
+        assert 2 < displacement.mean() < 5
 
 
 def test_listing_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,24 @@ def test_import_survives_a_wrong_setting(tmp_path):
 
 
 @pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
+def test_the_native_module_brings_no_openmp_runtime_of_its_own(tmp_path):
+    code = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
+try:
+    importlib.util.module_from_spec(spec)
+except ImportError as error:
+    print(error)
+"""
+    from petite_fast import _native
+
+    run = [sys.executable, "-c", code, _native.__file__]
+    text = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=60).stdout
+    # Without torch nothing provides OpenMP; that is an ImportError, which `available` reports.
+    assert re.search(r"undefined symbol: (GOMP_|omp_|__kmpc)", text), text
+
+
+@pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_one_openmp_runtime_in_the_process(tmp_path):
     code = """
@@ -72,7 +91,6 @@ a, b = torch.randn(8, 128, 3, 3, 3), torch.randn(512, 8)
 native.effective_weight(w, a, b, 1.0, None, 1, False, torch.float32)
 maps = open("/proc/self/maps").read().split()
 runtimes = {word for word in maps if "libgomp" in word or "libomp" in word or "libiomp" in word}
-threads = len(__import__("os").listdir("/proc/self/task"))
 print(len(runtimes), *runtimes)
 """
     count, *where = run_python(code, tmp_path).split()
