@@ -9,15 +9,34 @@ from __future__ import annotations
 
 import logging
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from petite_fast.errors import InputError
+from petite_fast.training.options import (
+    Adapter,
+    Base,
+    Batch,
+    Data,
+    Denominator,
+    Fold,
+    Normalisation,
+    NormalisationOption,
+    Out,
+    PatchSize,
+    Precision,
+    PrecisionOption,
+    Rate,
+    Recipe,
+    Resume,
+    SaveEvery,
+    Seed,
+    Split,
+    Steps,
+)
 
 if TYPE_CHECKING:
     from petite_fast.training.loop import TrainReport, TrainSettings
@@ -26,7 +45,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="petite-fast",
     help="Adapt a 3-D PET network to a new scanner by training under 1 % of its parameters.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -39,57 +57,8 @@ _EXIT_INPUT = 2
 _EXIT_INTERRUPTED = 130
 
 
-class _Recipe(str, Enum):
-    petite = "petite"
-    bitfit = "bitfit"
-    full = "full"
-
-
-class _Precision(str, Enum):
-    full = "32-true"
-    bf16 = "bf16-mixed"
-    fp16 = "16-mixed"
-
-
-class _Normalisation(str, Enum):
-    paired = "paired"
-    petite = "petite"
-
-
-class _Denominator(str, Enum):
-    range = "range"
-    mean = "mean"
-    std = "std"
-
-
-class _Split(str, Enum):
-    training = "training"
-    validation = "validation"
-
-
-Data = Annotated[Path, typer.Option(help="Dataset JSON (decathlon style, as simulate writes).")]
-Fold = Annotated[int | None, typer.Option(help="Fold of the JSON; without it every pair.")]
-Out = Annotated[Path, typer.Option(help="Run folder.")]
-Steps = Annotated[int, typer.Option(help="Optimiser steps.")]
-Batch = Annotated[int, typer.Option(help="Patches per step.")]
-PatchSize = Annotated[
-    str | None,
-    typer.Option("--patch", metavar="X,Y,Z", help="Patch in voxels, multiples of 16; "
-                 "default: the dataset's roi."),
-]  # fmt: skip
-Rate = Annotated[float, typer.Option("--lr", help="AdamW's learning rate at the start.")]
-PrecisionOption = Annotated[_Precision, typer.Option("--precision", help="Arithmetic.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints; the newest two stay.")]
-Resume = Annotated[
-    str, typer.Option(help="auto (newest checkpoint in --out), never, or a checkpoint folder.")
-]
-NormalisationOption = Annotated[
-    _Normalisation | None,
-    typer.Option("--normalisation", help="paired keeps units (default); petite is as published."),
-]
-Base = Annotated[Path, typer.Option(help="Base network: a run folder or a published .pt file.")]
-Adapter = Annotated[Path | None, typer.Option(help="Adapter folder, from finetune.")]
+def _examples(*lines: str) -> str:
+    return "\n\n".join(["Examples:", *(f"petite-fast {line}" for line in lines)])
 
 
 @app.callback()
@@ -103,8 +72,10 @@ _state: dict[str, Any] = {"debug": False}
 
 
 @app.command(
-    epilog="Example:  petite-fast simulate --scanner 63 --subjects 12 --out data/63  ·  "
-    "petite-fast simulate --scanner 136 --subjects 9 --reduce 2 --out data/136"
+    epilog=_examples(
+        "simulate --scanner 63 --subjects 12 --out data/63",
+        "simulate --scanner 136 --subjects 9 --reduce 2 --out data/136",
+    )
 )
 def simulate(
     scanner: Annotated[str, typer.Option(help="136, 192, 224, 90 or 63.")],
@@ -117,13 +88,14 @@ def simulate(
     from petite_fast.data.simulate import simulate as run
 
     path = run(out, scanner, subjects, seed=seed, reduce=reduce)
-    _out.print(f"{subjects} scan pairs of scanner {scanner}: {path}", soft_wrap=True)
+    _say(f"{subjects} scan pairs of scanner {scanner}: {path}")
 
 
 @app.command(
-    epilog="Example:  petite-fast pretrain --data data/136/dataset.json --fold 0 --out runs/base"
-    "  ·  a small one:  petite-fast pretrain --data data/136/dataset.json --widths 16,32,64,128 "
-    "--patch 32,32,32 --steps 500 --out runs/small"
+    epilog=_examples(
+        "pretrain --data data/136/dataset.json --fold 0 --out runs/base",
+        "pretrain --data data/136/dataset.json --widths 16,32,64,128 --out runs/small",
+    )
 )
 def pretrain(
     data: Data,
@@ -133,7 +105,7 @@ def pretrain(
     batch: Batch = 8,
     patch: PatchSize = None,
     lr: Rate = 1e-3,
-    precision: PrecisionOption = _Precision.full,
+    precision: PrecisionOption = Precision.full,
     seed: Seed = 42,
     widths: Annotated[
         str, typer.Option(metavar="A,B,C,D", help="Channels of the generator's four resolutions.")
@@ -154,23 +126,24 @@ def pretrain(
 
 
 @app.command(
-    epilog="Example:  petite-fast finetune --base runs/base --data data/63/dataset.json --fold 0 "
-    "--out runs/63  ·  all weights:  petite-fast finetune --base runs/base --recipe full "
-    "--data data/63/dataset.json --out runs/63-full"
+    epilog=_examples(
+        "finetune --base runs/base --data data/63/dataset.json --fold 0 --out runs/63",
+        "finetune --base runs/base --data data/63/dataset.json --recipe full --out runs/63-full",
+    )
 )
 def finetune(
     base: Base,
     data: Data,
     out: Out,
     recipe: Annotated[
-        _Recipe, typer.Option(help="petite: prompts, LoRA and biases; bitfit: biases; full: all.")
-    ] = _Recipe.petite,
+        Recipe, typer.Option(help="petite: prompts, LoRA and biases; bitfit: biases; full: all.")
+    ] = Recipe.petite,
     fold: Fold = None,
     steps: Steps = 900,
     batch: Batch = 8,
     patch: PatchSize = None,
     lr: Rate = 1e-3,
-    precision: PrecisionOption = _Precision.full,
+    precision: PrecisionOption = Precision.full,
     seed: Seed = 42,
     rank: Annotated[int, typer.Option(help="LoRA rank of petite; lora_alpha is twice that.")] = 8,
     prompts: Annotated[
@@ -191,13 +164,14 @@ def finetune(
         rank=rank,
         num_prompts=_numbers("--prompts", prompts, 3),
     )
-    _print_report(report, f"{'network' if recipe is _Recipe.full else 'adapter'}: {out}")
+    _print_report(report, f"{'network' if recipe is Recipe.full else 'adapter'}: {out}")
 
 
 @app.command(
-    epilog="Example:  petite-fast reconstruct scan.nii.gz --base runs/base --adapter runs/63 "
-    "--out out  ·  held-out subjects:  petite-fast reconstruct data/63/dataset.json --fold 0 "
-    "--base runs/base --adapter runs/63 --out out"
+    epilog=_examples(
+        "reconstruct scan.nii.gz --base runs/base --adapter runs/63 --out out",
+        "reconstruct data/63/dataset.json --fold 0 --base runs/base --adapter runs/63 --out out",
+    )
 )
 def reconstruct(
     scans: Annotated[Path, typer.Argument(help="NIfTI file, folder of them, or dataset JSON.")],
@@ -205,7 +179,7 @@ def reconstruct(
     out: Annotated[Path, typer.Option(help="Folder for NAME_desc-petite.nii.gz.")],
     adapter: Adapter = None,
     fold: Fold = None,
-    split: Annotated[_Split, typer.Option(help="Half of the JSON's fold.")] = _Split.validation,
+    split: Annotated[Split, typer.Option(help="Half of the JSON's fold.")] = Split.validation,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Turn short scans into standard ones, each on its own grid and in its own units."""
@@ -220,20 +194,22 @@ def reconstruct(
         inputs = inference.find_inputs(scans)
     reconstructor = tasks.load_reconstructor(base, adapter, _device(device))
     for path in inputs:
-        _out.print(str(reconstructor.file(path, out)), soft_wrap=True, highlight=False)
+        _say(str(reconstructor.file(path, out)))
 
 
 @app.command(
-    epilog="Example:  petite-fast evaluate out --data data/63/dataset.json --fold 0  ·  "
-    "petite-fast evaluate out/scan_desc-petite.nii.gz --target standard.nii.gz"
+    epilog=_examples(
+        "evaluate out --data data/63/dataset.json --fold 0 --out report.json",
+        "evaluate out/scan_desc-petite.nii.gz --target standard.nii.gz --nrmse mean",
+    )
 )
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder from reconstruct, or one NIfTI.")],
     data: Annotated[Path | None, typer.Option(help="Dataset JSON, with a folder.")] = None,
     target: Annotated[Path | None, typer.Option(help="Standard scan, with one NIfTI.")] = None,
     fold: Fold = None,
-    split: Annotated[_Split, typer.Option(help="Half of the JSON's fold.")] = _Split.validation,
-    nrmse: Annotated[_Denominator, typer.Option(help="Denominator.")] = _Denominator.range,
+    split: Annotated[Split, typer.Option(help="Half of the JSON's fold.")] = Split.validation,
+    nrmse: Annotated[Denominator, typer.Option(help="Denominator.")] = Denominator.range,
     published: Annotated[
         bool, typer.Option("--published", help="The paper's formulas on min-max scaled volumes.")
     ] = False,
@@ -244,22 +220,25 @@ def evaluate(
     from petite_fast.files import write_json
     from petite_fast.training.evaluate import Comparison, find_predictions
     from petite_fast.training.evaluate import evaluate as run
+    from petite_fast.training.tables import evaluation_table
 
-    if (data is None) == (target is None):
-        raise InputError("evaluate needs either --data (with a folder) or --target (with a file)")
-    if target is not None:
+    if target is not None and data is None:
         comparisons = [Comparison("scan", predictions, target)]
-    else:
-        assert data is not None
+    elif data is not None and target is None:
         comparisons = find_predictions(read_datalist(data, fold, split.value), predictions)
+    else:
+        raise InputError("evaluate needs either --data (with a folder) or --target (with a file)")
     report = run(comparisons, denominator=nrmse.value, published=published)
-    _print_evaluation(report)
+    _out.print(evaluation_table(report))
     if out is not None:
         write_json(out, report)
 
 
 @app.command(
-    epilog="Example:  petite-fast merge --base runs/base --adapter runs/63 --out runs/63-merged"
+    epilog=_examples(
+        "merge --base runs/base --adapter runs/63 --out runs/63-merged",
+        "reconstruct scan.nii.gz --base runs/63-merged --out out",
+    )
 )
 def merge(
     base: Base,
@@ -270,23 +249,29 @@ def merge(
     from petite_fast.training import tasks
 
     prompts = tasks.merge(base, adapter, out)
-    _out.print(f"merged base network: {out}", soft_wrap=True)
+    _say(f"merged base network: {out}")
     if prompts:
-        _out.print("Channel prompts depend on the patch and stay beside the folded weights.")
+        _say("Channel prompts depend on the patch and stay beside the folded weights.")
 
 
-@app.command(epilog="Example:  petite-fast info")
+@app.command(
+    epilog=_examples(
+        "info",
+    )
+)
 def info() -> None:
     """Versions, the native build, devices, and why a backend is not there."""
     from petite_fast.training.about import describe
 
     for name, value in describe().items():
-        _out.print(f"{name:<16} {value}", soft_wrap=True, highlight=False)
+        _say(f"{name:<16} {value}")
 
 
 @app.command(
-    epilog="Example:  petite-fast demo --out runs/demo"
-    "  ·  petite-fast demo --quick --out runs/quick"
+    epilog=_examples(
+        "demo --out runs/demo",
+        "demo --quick --out runs/quick",
+    )
 )
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, runs, picture and summary.json.")] = (
@@ -298,24 +283,21 @@ def demo(
 ) -> None:
     """Everything, small: two scanners, pretraining, PETITE and full fine-tuning, table, picture."""
     from petite_fast.training.demo import run_demo
+    from petite_fast.training.tables import text_table
 
-    result = run_demo(out, quick=quick, say=lambda text: _out.print(text, highlight=False))
-    table = Table(title="Held-out subjects of the new scanner (mean)")
-    for i, heading in enumerate(result.headings):
-        table.add_column(heading, justify="left" if i == 0 else "right")
-    for row in result.rows:
-        table.add_row(*row)
-    _out.print(table)
+    result = run_demo(out, quick=quick, say=_say)
+    _out.print(text_table(result.title, result.headings, result.rows))
     for line in result.notes:
-        _out.print(line, soft_wrap=True, highlight=False)
+        _say(line)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("petite_fast").setLevel(logging.INFO)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments, prog_name="petite-fast", standalone_mode=False)
+        app(arguments or ["--help"], prog_name="petite-fast", standalone_mode=False)
         sys.exit(0)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
@@ -329,10 +311,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _sentence(error: Exception) -> str:
     """One line for an error that is the user's or the machine's; "" for a bug of ours."""
-    from click import ClickException
-
-    if isinstance(error, ClickException):
-        return error.format_message()
+    # A usage error of click, which newer versions of typer carry under another name.
+    usage = getattr(error, "format_message", None)
+    if usage is not None:
+        return str(usage())
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError):
@@ -347,7 +329,7 @@ def _fail(sentence: str, code: int) -> None:
 
 
 def _training_data(
-    data: Path, fold: int | None, patch: str | None, normalisation: _Normalisation | None
+    data: Path, fold: int | None, patch: str | None, normalisation: Normalisation | None
 ) -> TrainingData:
     from petite_fast.training.tasks import TrainingData
 
@@ -364,7 +346,7 @@ def _settings(
     steps: int,
     batch: int,
     lr: float,
-    precision: _Precision,
+    precision: Precision,
     seed: int,
     save_every: int,
     resume: str,
@@ -408,37 +390,14 @@ def _device(name: str) -> str:
 
 
 def _print_report(report: TrainReport, result: str) -> None:
-    _out.print(
-        f"trained {report.trainable:,} of {report.parameters:,} parameters "
-        f"({report.trainable_percent:.3f} %), {report.steps} steps",
-        highlight=False,
-    )
-    if report.rows:
-        last = report.rows[-1]
-        _out.print(
-            f"last loss {last['loss']:.4g} (L1 {last['l1']:.4g}), "
-            f"median step {report.step_seconds:.3f} s",
-            highlight=False,
-        )
-    _out.print(result, soft_wrap=True, highlight=False)
+    from petite_fast.training.tables import report_lines
+
+    for line in [*report_lines(report), result]:
+        _say(line)
 
 
-def _print_evaluation(report: dict[str, Any]) -> None:
-    table = Table(*("subject", "PSNR [dB]", "SSIM", "NRMSE"))
-    digits = {"psnr": 2, "ssim": 4, "nrmse": 4}
-
-    def cells(values: dict[str, Any]) -> list[str]:
-        return ["inf" if values[k] is None else f"{values[k]:.{n}f}" for k, n in digits.items()]
-
-    for row in report["subjects"]:
-        table.add_row(row["subject"], *cells(row))
-    table.add_section()
-    overall = report["overall"]
-    table.add_row("mean", *cells({k: v["mean"] for k, v in overall.items()}))
-    table.add_row("std", *cells({k: v["std"] or 0.0 for k, v in overall.items()}))
-    _out.print(table)
-    for name, definition in report["definitions"].items():
-        _out.print(f"{name}: {definition}", highlight=False)
+def _say(line: str) -> None:
+    _out.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 if __name__ == "__main__":

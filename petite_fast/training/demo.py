@@ -26,6 +26,7 @@ from petite_fast.training.evaluate import METRICS, Comparison, evaluate, find_pr
 from petite_fast.training.figures import comparison_figure
 from petite_fast.training.inference import output_path
 from petite_fast.training.loop import TrainReport, TrainSettings
+from petite_fast.training.tables import metric_cells
 
 METHODS = ("none", "petite", "full")
 _TITLES = {"none": "no tuning", "petite": "PETITE", "full": "full fine-tuning"}
@@ -61,6 +62,7 @@ class DemoResult:
     """What the command prints, and `summary.json`'s content."""
 
     summary: dict[str, dict[str, float]]
+    title: str
     headings: list[str]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
@@ -183,23 +185,21 @@ def _panels(out: Path, pair: Pair) -> tuple[dict[str, np.ndarray], tuple[float, 
 
 
 def _result(summary: dict[str, dict[str, float]], short: dict[str, float]) -> DemoResult:
+    title = "Held-out subjects of the new scanner, mean"
     headings = [
         "", "PSNR [dB]", "SSIM", "NRMSE", "trainable %", "step [ms]", "kept for backward [MB]"
     ]  # fmt: skip
 
-    def quality(values: dict[str, float]) -> list[str]:
-        return [f"{values['psnr']:.2f}", f"{values['ssim']:.4f}", f"{values['nrmse']:.4f}"]
-
-    rows = [["short scan (input)", *quality(short), "", "", ""]]
+    rows = [["short scan (input)", *metric_cells(short), "", "", ""]]
     for method, values in summary.items():
         cost = [
             f"{values['trainable_percent']:.2f}",
             f"{1e3 * values['step_seconds']:.0f}",
             f"{values['saved_bytes'] / 1e6:.1f}",
         ]
-        rows.append(
-            [_TITLES[method], *quality(values), *(cost if method != "none" else ["0", "-", "-"])]
-        )
+        if method == "none":
+            cost = ["0", "-", "-"]
+        rows.append([_TITLES[method], *metric_cells(values), *cost])
     none, petite, full = (summary[m] for m in METHODS)
     shares = [
         f"{name.upper()} {100 * (petite[name] - none[name]) / (full[name] - none[name]):.0f} %"
@@ -207,4 +207,4 @@ def _result(summary: dict[str, dict[str, float]], short: dict[str, float]) -> De
         if full[name] != none[name]
     ]
     notes = [f"PETITE reaches this share of full fine-tuning's gain: {', '.join(shares)}."]
-    return DemoResult(summary, headings, rows, notes)
+    return DemoResult(summary, title, headings, rows, notes)

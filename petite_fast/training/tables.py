@@ -1,0 +1,55 @@
+"""What the commands print about a training run or an evaluation, as text and tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from petite_fast.training.loop import TrainReport
+
+_DIGITS = {"psnr": 2, "ssim": 4, "nrmse": 4}
+
+
+def report_lines(report: TrainReport) -> list[str]:
+    """How much was trained, for how long, and where the loss ended."""
+    lines = [
+        f"trained {report.trainable:,} of {report.parameters:,} parameters "
+        f"({report.trainable_percent:.3f} %), {report.steps} steps"
+    ]
+    if report.rows:
+        last = report.rows[-1]
+        lines.append(
+            f"last loss {last['loss']:.4g} (L1 {last['l1']:.4g}), "
+            f"median step {report.step_seconds:.3f} s"
+        )
+    return lines
+
+
+def evaluation_table(report: dict[str, Any]) -> Table:
+    """Subjects, then their mean and standard deviation; the definitions below."""
+    table = Table(*("subject", "PSNR [dB]", "SSIM", "NRMSE"))
+    for row in report["subjects"]:
+        table.add_row(row["subject"], *metric_cells(row))
+    table.add_section()
+    for statistic in ("mean", "std"):
+        values = {name: entry[statistic] for name, entry in report["overall"].items()}
+        table.add_row(statistic, *metric_cells(values))
+    table.caption = "\n".join(f"{k}: {v}" for k, v in report["definitions"].items())
+    table.caption_justify = "left"
+    return table
+
+
+def metric_cells(values: dict[str, Any]) -> list[str]:
+    """PSNR, SSIM and NRMSE as text; a PSNR that JSON could not hold is infinite."""
+    return ["inf" if values[k] is None else f"{values[k]:.{n}f}" for k, n in _DIGITS.items()]
+
+
+def text_table(title: str, headings: list[str], rows: list[list[str]]) -> Table:
+    """A table of ready cells: the first column to the left, the others to the right."""
+    table = Table(title=title)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
