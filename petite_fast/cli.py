@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from petite_fast.errors import InputError
+from petite_fast.training.interrupt import TrainingInterrupted
 from petite_fast.training.options import (
     Adapter,
     Base,
@@ -297,16 +298,16 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("petite_fast").setLevel(logging.INFO)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments or ["--help"], prog_name="petite-fast", standalone_mode=False)
-        sys.exit(0)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        _fail(str(stop) or "interrupted", _EXIT_INTERRUPTED)
+        code = app(arguments or ["--help"], prog_name="petite-fast", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", _EXIT_INTERRUPTED)
     except Exception as error:
         if _state["debug"] or not (sentence := _sentence(error)):
             raise
-        _fail(sentence, _EXIT_INPUT)
+        stopped = isinstance(error, TrainingInterrupted)
+        _fail(sentence, _EXIT_INTERRUPTED if stopped else _EXIT_INPUT)
+    # typer gives a code instead of raising: 0 after --help, 130 after Ctrl-C
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _sentence(error: Exception) -> str:
@@ -315,7 +316,7 @@ def _sentence(error: Exception) -> str:
     usage = getattr(error, "format_message", None)
     if usage is not None:
         return str(usage())
-    if isinstance(error, InputError):
+    if isinstance(error, (InputError, TrainingInterrupted)):
         return str(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""

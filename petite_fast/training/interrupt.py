@@ -8,8 +8,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
-class TrainingInterrupted(KeyboardInterrupt):
-    """Training was stopped by the user or the scheduler; the message says how to go on."""
+class TrainingInterrupted(Exception):
+    """Training was stopped by the user or the scheduler; the message says how to go on.
+
+    No KeyboardInterrupt, because it comes between two steps, in order, with everything saved.
+    """
 
 
 class StopSignal:

@@ -44,9 +44,7 @@ def project(tmp_path_factory) -> Project:
     root = tmp_path_factory.mktemp("project")
     for scanner in ("136", "63"):
         data = root / scanner
-        code = call(
-            "simulate", "--scanner", scanner, "--subjects", 3, "--reduce", 6, "--out", data
-        )
+        code = call("simulate", "--scanner", scanner, "--subjects", 3, "--reduce", 6, "--out", data)
         assert code == 0
     base, adapter, data = root / "base", root / "adapter", root / "63" / "dataset.json"
     source = root / "136" / "dataset.json"

@@ -28,13 +28,14 @@ COMMANDS = sorted({line for line in README.splitlines() if line.startswith("peti
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_and_options_exist(line: str) -> None:
+def test_commands_and_options_exist(line: str, tmp_path: Path) -> None:
     words = line.split("#")[0].split()
     run = subprocess.run(
         [sys.executable, "-m", "petite_fast.cli", words[1], "--help"],
         capture_output=True,
         text=True,
         timeout=120,
+        cwd=tmp_path,  # the installed package, not the source tree
         env={"COLUMNS": "200", "PATH": "", "NO_COLOR": "1", "TERM": "dumb"},
     )
     assert run.returncode == 0, run.stderr
