@@ -54,9 +54,6 @@ app = typer.Typer(
 _out = Console()
 _err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
-_EXIT_INPUT = 2
-_EXIT_INTERRUPTED = 130
-
 
 def _examples(*lines: str) -> str:
     return "\n\n".join(["Examples:", *(f"petite-fast {line}" for line in lines)])
@@ -300,12 +297,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = app(arguments or ["--help"], prog_name="petite-fast", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", _EXIT_INTERRUPTED)
+        _fail("interrupted", 130)
     except Exception as error:
         if _state["debug"] or not (sentence := _sentence(error)):
             raise
-        stopped = isinstance(error, TrainingInterrupted)
-        _fail(sentence, _EXIT_INTERRUPTED if stopped else _EXIT_INPUT)
+        _fail(sentence, 130 if isinstance(error, TrainingInterrupted) else 2)
     # typer gives a code instead of raising: 0 after --help, 130 after Ctrl-C
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -313,8 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _sentence(error: Exception) -> str:
     """One line for an error that is the user's or the machine's; "" for a bug of ours."""
     # A usage error of click, which newer versions of typer carry under another name.
-    usage = getattr(error, "format_message", None)
-    if usage is not None:
+    if usage := getattr(error, "format_message", None):
         return str(usage())
     if isinstance(error, (InputError, TrainingInterrupted)):
         return str(error)

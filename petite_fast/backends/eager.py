@@ -33,7 +33,9 @@ def effective_weight(
         rows = torch.addmm(rows, a.t() if transposed else b, b if transposed else a, alpha=scale)
     if gamma is not None:
         rows = scale_outputs(rows.view(weight.shape), gamma.to(wide), groups, transposed)
-    return rows.reshape(weight.shape).to(dtype, memory_format=torch.contiguous_format, copy=True)
+    # An op's output must not share memory with its input; a copy of a fresh result would be waste.
+    shared = lora_A is None and gamma is None
+    return rows.reshape(weight.shape).to(dtype, copy=shared).contiguous()
 
 
 def scale_outputs(
