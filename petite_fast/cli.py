@@ -66,9 +66,6 @@ def _options(
     _state["debug"] = debug
 
 
-_state: dict[str, Any] = {"debug": False}
-
-
 @app.command(
     epilog=_examples(
         "simulate --scanner 63 --subjects 12 --out data/63",

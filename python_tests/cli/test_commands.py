@@ -108,6 +108,7 @@ def test_merge_reconstructs_the_same(recipe, project, run, tmp_path) -> None:
     if recipe == "petite":  # the prompts count: the folded network alone gives something else
         base = merged / "base"
         assert run("reconstruct", scan, "--base", base, "--out", tmp_path / "bare").code == 0
+        assert not np.array_equal(nib.load(tmp_path / "bare" / name).get_fdata(), second)
 
 
 def test_full_finetuning_writes_a_network(project, run, tmp_path) -> None:
