@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -53,6 +53,7 @@ app = typer.Typer(
 )
 _out = Console()
 _err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+_state = {"debug": False}
 
 
 def _examples(*lines: str) -> str:
