@@ -14,6 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 TRAIN = ("--fold", "0", "--patch", "16,16,16", "--batch", "2", "--steps", "3")
@@ -153,7 +154,9 @@ def test_ctrl_c_keeps_a_checkpoint_and_resume_gives_the_same_adapter(
     project, run, tmp_path
 ) -> None:
     out, straight, steps = tmp_path / "stopped", tmp_path / "straight", 150
-    process = _start(project, out, steps)
+    # The same number of threads as the runs in this process: sums depend on it.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = _start(project, out, steps, env=environment)
     deadline = time.monotonic() + 120
     while _steps_done(out) < 3 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
