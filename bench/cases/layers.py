@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ def provider(
     x: torch.Tensor,
     flops: float = 0.0,
     backend: str | None = None,
-    loss: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Provider:
     """A step of `module`: forward, then the gradients of x (if it wants one) and what trains."""
     inputs = [x, *trainable(module)] if x.requires_grad else trainable(module)
