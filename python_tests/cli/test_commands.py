@@ -139,9 +139,10 @@ def test_info_runs_without_gpu(run) -> None:
 def _start(project, out: Path, steps: int, **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "petite_fast.cli", "finetune", "--base", project.base,
                "--data", project.data, "--out", out, *TRAIN[:-1], str(steps)]  # fmt: skip
+    # Away from the checkout: there, -m would run its sources, which have no native module.
     return subprocess.Popen(
         list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        **options,
+        cwd=project.root, **options,
     )  # fmt: skip
 
 
