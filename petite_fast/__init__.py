@@ -12,16 +12,20 @@ from petite_fast.nn import (
     ScaleShift,
 )
 from petite_fast.peft import (
+    AdapterConfig,
     BitFitConfig,
+    LayerNormConfig,
     LoraConfig,
     MixConfig,
     PeftModel,
     PromptConfig,
+    SSFConfig,
     get_peft_model,
     petite_recipe,
 )
 
 __all__ = [
+    "AdapterConfig",
     "BitFitConfig",
     "BottleneckAdapter",
     "FrozenBatchNorm3d",
@@ -29,11 +33,13 @@ __all__ = [
     "FrozenConvTranspose3d",
     "LoRAConv3d",
     "LoRAConvTranspose3d",
+    "LayerNormConfig",
     "LoRALinear",
     "LoraConfig",
     "MixConfig",
     "PeftModel",
     "PromptConfig",
+    "SSFConfig",
     "ScaleShift",
     "__version__",
     "get_peft_model",
