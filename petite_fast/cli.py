@@ -23,25 +23,28 @@ from petite_fast.training.options import (
     Batch,
     Data,
     Denominator,
+    ExportFormat,
     Fold,
-    Normalisation,
+    NetworkName,
     NormalisationOption,
     Out,
     PatchSize,
     Precision,
     PrecisionOption,
     Rate,
-    Recipe,
     Resume,
     SaveEvery,
     Seed,
     Split,
     Steps,
+    device_name,
+    numbers,
+    train_settings,
+    training_data,
 )
 
 if TYPE_CHECKING:
-    from petite_fast.training.loop import TrainReport, TrainSettings
-    from petite_fast.training.tasks import TrainingData
+    from petite_fast.training.loop import TrainReport
 
 app = typer.Typer(
     name="petite-fast",
@@ -91,11 +94,13 @@ def simulate(
     epilog=_examples(
         "pretrain --data data/136/dataset.json --fold 0 --out runs/base",
         "pretrain --data data/136/dataset.json --widths 16,32,64,128 --out runs/small",
+        "pretrain --data data/136/dataset.json --network unetr --out runs/unetr",
     )
 )
 def pretrain(
     data: Data,
     out: Out,
+    network: Annotated[NetworkName, typer.Option(help="3D CVT-GAN or UNETR.")] = NetworkName.cvtgan,
     fold: Fold = None,
     steps: Steps = 2250,
     batch: Batch = 8,
@@ -104,19 +109,26 @@ def pretrain(
     precision: PrecisionOption = Precision.full,
     seed: Seed = 42,
     widths: Annotated[
-        str, typer.Option(metavar="A,B,C,D", help="Channels of the generator's four resolutions.")
-    ] = "64,128,256,512",
+        str | None,
+        typer.Option(
+            metavar="A,B,C,D",
+            help="CVT-GAN: channels of the four resolutions; default: 64,128,256,512.",
+        ),
+    ] = None,  # fmt: skip
     normalisation: NormalisationOption = None,
     save_every: SaveEvery = 100,
     resume: Resume = "auto",
 ) -> None:
-    """Train a base network (3D CVT-GAN) on one scanner; --out becomes the base."""
+    """Train a base network on one scanner; --out becomes the base."""
     from petite_fast.training import tasks
 
+    if widths is not None and network is not NetworkName.cvtgan:
+        raise InputError(f"--widths is for cvtgan, and --network is {network.value}")
     report = tasks.pretrain(
-        _training_data(data, fold, patch, normalisation),
-        _settings(out, steps, batch, lr, precision, seed, save_every, resume),
-        widths=_numbers("--widths", widths, 4),
+        training_data(data, fold, patch, normalisation),
+        train_settings(out, steps, batch, lr, precision, seed, save_every, resume),
+        network=network.value,
+        sizes={"widths": numbers("--widths", widths, 4)} if widths else None,
     )
     _print_report(report, f"base network: {out}")
 
@@ -125,6 +137,7 @@ def pretrain(
     epilog=_examples(
         "finetune --base runs/base --data data/63/dataset.json --fold 0 --out runs/63",
         "finetune --base runs/base --data data/63/dataset.json --recipe full --out runs/63-full",
+        "finetune --base runs/base --data data/63/dataset.json --recipe vpt+ssf --out runs/63-mix",
     )
 )
 def finetune(
@@ -132,8 +145,12 @@ def finetune(
     data: Data,
     out: Out,
     recipe: Annotated[
-        Recipe, typer.Option(help="petite: prompts, LoRA and biases; bitfit: biases; full: all.")
-    ] = Recipe.petite,
+        str,
+        typer.Option(
+            help="What trains: petite, full, one method, or ENCODER+DECODER; "
+            "petite-fast info --recipes lists them."
+        ),
+    ] = "petite",  # fmt: skip
     fold: Fold = None,
     steps: Steps = 900,
     batch: Batch = 8,
@@ -141,10 +158,14 @@ def finetune(
     lr: Rate = 1e-3,
     precision: PrecisionOption = Precision.full,
     seed: Seed = 42,
-    rank: Annotated[int, typer.Option(help="LoRA rank of petite; lora_alpha is twice that.")] = 8,
+    rank: Annotated[int, typer.Option(help="LoRA rank; lora_alpha is twice that.")] = 8,
     prompts: Annotated[
-        str, typer.Option(metavar="A,B,C", help="Prompts of petite's three encoder stages.")
-    ] = "0,8,32",
+        str | None,
+        typer.Option(
+            metavar="A,B,C",
+            help="Prompts of the encoder's stages; default: 0,8,32 (CVT-GAN) or 50 (UNETR).",
+        ),
+    ] = None,  # fmt: skip
     normalisation: NormalisationOption = None,
     save_every: SaveEvery = 100,
     resume: Resume = "auto",
@@ -154,13 +175,13 @@ def finetune(
 
     report = tasks.finetune(
         base,
-        _training_data(data, fold, patch, normalisation),
-        _settings(out, steps, batch, lr, precision, seed, save_every, resume),
-        recipe=recipe.value,
+        training_data(data, fold, patch, normalisation),
+        train_settings(out, steps, batch, lr, precision, seed, save_every, resume),
+        recipe=recipe,
         rank=rank,
-        num_prompts=_numbers("--prompts", prompts, 3),
+        num_prompts=numbers("--prompts", prompts) if prompts else None,
     )
-    _print_report(report, f"{'network' if recipe is Recipe.full else 'adapter'}: {out}")
+    _print_report(report, f"{'network' if recipe == 'full' else 'adapter'}: {out}")
 
 
 @app.command(
@@ -188,7 +209,7 @@ def reconstruct(
         inference.check_distinct(inputs)
     else:
         inputs = inference.find_inputs(scans)
-    reconstructor = tasks.load_reconstructor(base, adapter, _device(device))
+    reconstructor = tasks.load_reconstructor(base, adapter, device_name(device))
     for path in inputs:
         _say(str(reconstructor.file(path, out)))
 
@@ -244,23 +265,55 @@ def merge(
     """Fold an adapter into its base network, exactly; the result is a --base of its own."""
     from petite_fast.training import tasks
 
-    prompts = tasks.merge(base, adapter, out)
+    rest = tasks.merge(base, adapter, out)
     _say(f"merged base network: {out}")
-    if prompts:
-        _say("Channel prompts depend on the patch and stay beside the folded weights.")
+    if rest:
+        _say("Prompts and bottleneck adapters cannot be folded and stay beside the weights.")
+
+
+@app.command(
+    epilog=_examples(
+        "export --base runs/base --adapter runs/63 --format state-dict --out 63.safetensors",
+        "export --base runs/unetr --format monai-bundle --out bundles/unetr",
+    )
+)
+def export(
+    base: Base,
+    form: Annotated[ExportFormat, typer.Option("--format", help="What to write.")],
+    out: Annotated[Path, typer.Option(help="File (.safetensors or .pt), or the bundle's folder.")],
+    adapter: Adapter = None,
+) -> None:
+    """Hand a network, its adapter merged, to other software: plain tensors or a MONAI bundle."""
+    from petite_fast.training import tasks
+
+    tasks.export(base, adapter, out, form.value)
+    _say(f"{form.value}: {out}")
 
 
 @app.command(
     epilog=_examples(
         "info",
+        "info --recipes --network unetr",
     )
 )
-def info() -> None:
+def info(
+    recipes: Annotated[
+        bool, typer.Option("--recipes", help="List the recipes and what they train instead.")
+    ] = False,
+    network: Annotated[
+        NetworkName | None, typer.Option(help="With --recipes: this network's only.")
+    ] = None,
+) -> None:
     """Versions, the native build, devices, and why a backend is not there."""
-    from petite_fast.training.about import describe
+    from petite_fast.training.about import describe, recipe_sizes
+    from petite_fast.training.tables import recipe_table
 
-    for name, value in describe().items():
-        _say(f"{name:<16} {value}")
+    if not recipes:
+        for name, value in describe().items():
+            _say(f"{name:<16} {value}")
+        return
+    for each in [network] if network else list(NetworkName):
+        _out.print(recipe_table(each.value, recipe_sizes(each.value)))
 
 
 @app.command(
@@ -320,67 +373,6 @@ def _sentence(error: Exception) -> str:
 def _fail(sentence: str, code: int) -> None:
     _err.print(f"petite-fast: {' '.join(sentence.split())}")
     sys.exit(code)
-
-
-def _training_data(
-    data: Path, fold: int | None, patch: str | None, normalisation: Normalisation | None
-) -> TrainingData:
-    from petite_fast.training.tasks import TrainingData
-
-    return TrainingData(
-        json=data,
-        fold=fold,
-        patch=_numbers("--patch", patch, 3) if patch else None,
-        normalisation=normalisation.value if normalisation else None,
-    )
-
-
-def _settings(
-    out: Path,
-    steps: int,
-    batch: int,
-    lr: float,
-    precision: Precision,
-    seed: int,
-    save_every: int,
-    resume: str,
-) -> TrainSettings:
-    from petite_fast.training.loop import TrainSettings
-
-    return TrainSettings(
-        out=out,
-        steps=steps,
-        batch=batch,
-        lr=lr,
-        precision=precision.value,
-        seed=seed,
-        save_every=save_every,
-        resume=resume if resume in ("auto", "never") else Path(resume),  # type: ignore[arg-type]
-    )
-
-
-def _numbers(option: str, text: str, count: int) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) != count:
-        raise InputError(f"{option} is {text!r}; expected {count} whole numbers, comma-separated")
-    return values
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device is {name!r}, and PyTorch finds no GPU here")
-    return name
 
 
 def _print_report(report: TrainReport, result: str) -> None:

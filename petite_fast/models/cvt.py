@@ -176,7 +176,7 @@ class TransformerStage(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def make_prompt(self, num_prompts: int, seed: int = 0) -> ChannelPrompt:
+    def make_prompt(self, num_prompts: int, seed: int = 0, *, deep: bool = False) -> ChannelPrompt:
         """Channel prompts that fit this stage, on its device, in its dtype; see ChannelPrompt."""
         like = next(self.parameters())
         return ChannelPrompt(
@@ -185,6 +185,7 @@ class TransformerStage(nn.Module):
             len(self.blocks),
             (self.prompt_side,) * 3,
             seed=seed,
+            deep=deep,
             device=like.device,
             dtype=like.dtype,
         )

@@ -7,7 +7,7 @@ strictly. Every convolution unit is convolution -> LeakyReLU(0.2) -> BatchNorm.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +72,19 @@ class CVTGANGenerator(nn.Module):
         ValueError: a sequence has the wrong length, or heads do not divide a width.
     """
 
+    network: Literal["cvtgan"] = "cvtgan"
+    """Name in saved files and in recipes."""
+
     peft_encoder = r"encoder_layer\d"
     peft_decoder = r"(decoder_layer|resup)\d"
     peft_unused = r"resup\d\.transconv\."
+    # As published: both norms, the projections and the MLP of every block, and the embeddings of
+    # the encoder; one pair for query, key and value together.
+    peft_ssf = (
+        r"encoder_layer\d_down\.0\.patch_embed\.(proj|norm)"
+        r"|.*\.blocks\.\d+\.(norm[12]|attn\.proj(_[qkv])?|mlp\.fc[12])"
+    )
+    peft_ssf_shared = r"(.*\.attn)\.proj_[qkv]"
 
     def __init__(
         self,

@@ -46,8 +46,12 @@ class ChannelPrompt(nn.Module):
     feature channels. Those of the published projections belong to square matrices of C + t, those
     of its first MLP layer to a (4C + 4t, C + t) one, both Xavier-uniform, and the cross terms are
     drawn from the same two bounds, sqrt(6 / (2C + 2t)) and sqrt(6 / (5C + 5t)). The published
-    prompts fit one patch size; these fit any. They are shallow: one volume per stage, read by each
-    of its blocks.
+    prompts fit one patch size; these fit any.
+
+    Shallow prompts are one volume per stage, read by each of its blocks. Deep ones (VPT-deep) are
+    one volume per block: `embedding` is (depth, t, s0, s1, s2), and P and R of block j are made
+    from its row j. All rows are used; the published deep prompts have `depth` rows on top of the
+    shallow one, and the last of them never enters the network.
 
     The cross terms are buffers, drawn on the CPU from `seed` alone, and saved in the state dict: an
     adapter file reproduces its outputs on any machine and with any later version of the generator.
@@ -58,6 +62,7 @@ class ChannelPrompt(nn.Module):
         depth: number of blocks of the stage.
         grid: (s0, s1, s2), sides of the embedding: the stage's token grid for a 64-voxel patch.
         seed: seed of the cross terms.
+        deep: one volume per block instead of one per stage.
 
     Raises:
         ValueError: `num_prompts` is less than 1.
@@ -76,15 +81,17 @@ class ChannelPrompt(nn.Module):
         grid: Grid,
         *,
         seed: int = 0,
+        deep: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if num_prompts < 1:
             raise ValueError(f"num_prompts must be at least 1, got {num_prompts}")
-        self.num_prompts = num_prompts
+        self.num_prompts, self.deep = num_prompts, deep
+        rows = depth if deep else 1
         self.embedding = nn.Parameter(
-            torch.zeros(1, num_prompts, *grid, device=device, dtype=dtype)
+            torch.zeros(rows, num_prompts, *grid, device=device, dtype=dtype)
         )
         generator = torch.Generator().manual_seed(seed)
         square = (6 / (2 * (width + num_prompts))) ** 0.5
@@ -100,7 +107,7 @@ class ChannelPrompt(nn.Module):
             self.register_buffer(name, cross.to(device=device, dtype=dtype))
 
     def at(self, grid: Grid) -> Tensor:
-        """The prompt on a token grid: (1, t, *grid).
+        """The prompt on a token grid: (1, t, *grid), or (depth, t, *grid) for deep prompts.
 
         Trilinear where the grid is finer than the embedding. Where it is coarser, cells are
         averaged: sampling would pass over some of them, and those would never learn.
@@ -117,20 +124,25 @@ class ChannelPrompt(nn.Module):
     def forward(self, grid: Grid, key_grid: Grid) -> list[PromptTerms]:
         """The additive terms of every block, for tokens on `grid` and keys on `key_grid`."""
         prompt = self.at(grid)
-        tokens = prompt.flatten(2).transpose(1, 2)  # [1, N, t]
-        reduced = F.adaptive_avg_pool3d(prompt, key_grid).flatten(2).transpose(1, 2)
-        return [
-            PromptTerms(
-                F.linear(tokens, self.cross_q[j]),
-                F.linear(reduced, self.cross_k[j]),
-                F.linear(reduced, self.cross_v[j]),
-                F.linear(tokens, self.cross_mlp[j]),
+        fine = prompt.flatten(2).transpose(1, 2)  # [1 or depth, N, t]
+        coarse = F.adaptive_avg_pool3d(prompt, key_grid).flatten(2).transpose(1, 2)
+        terms = []
+        for j in range(len(self.cross_q)):
+            row = slice(j, j + 1) if self.deep else slice(0, 1)
+            tokens, reduced = fine[row], coarse[row]
+            terms.append(
+                PromptTerms(
+                    F.linear(tokens, self.cross_q[j]),
+                    F.linear(reduced, self.cross_k[j]),
+                    F.linear(reduced, self.cross_v[j]),
+                    F.linear(tokens, self.cross_mlp[j]),
+                )
             )
-            for j in range(len(self.cross_q))
-        ]
+        return terms
 
     def extra_repr(self) -> str:
         """Sizes, for `print(module)`."""
         depth, width, _ = self.cross_q.shape
         grid = tuple(self.embedding.shape[2:])
-        return f"{self.num_prompts} prompts, width={width}, depth={depth}, grid={grid}"
+        text = f"{self.num_prompts} prompts, width={width}, depth={depth}, grid={grid}"
+        return text + ", deep=True" if self.deep else text

@@ -116,8 +116,10 @@ def bottleneck(
     up_weight: torch.Tensor,
     up_bias: torch.Tensor,
     activation: str = "gelu",
+    channel_dim: int = -1,
 ) -> torch.Tensor:
-    """y = x + act(x Wd^T + bd) Wu^T + bu."""
-    hidden = F.linear(x, down_weight, down_bias)
+    """y = x + Wu act(Wd x + bd) + bu on the channel axis."""
+    tokens = x.movedim(channel_dim, -1)
+    hidden = F.linear(tokens, down_weight, down_bias)
     hidden = F.gelu(hidden) if activation == "gelu" else F.relu(hidden)
-    return x + F.linear(hidden, up_weight, up_bias)
+    return x + F.linear(hidden, up_weight, up_bias).movedim(-1, channel_dim)

@@ -1,15 +1,16 @@
 """Adapter files: adapter_config.json and adapter_model.safetensors, as Hugging Face PEFT has them.
 
 Tensor names are ``base_model.model.<module>.lora_A.weight`` for LoRA and
-``base_model.model.<module>.<leaf>`` for the rest. The config carries the sha256 of the base network
-that the adapter was trained on, the scanner and the normalisation. A pure LoRA adapter on dense
-Conv3d and Linear layers opens in Hugging Face PEFT.
+``base_model.model.<module>.<leaf>`` for the rest. The config carries the class and the sha256 of
+the base network that the adapter was trained on, the scanner and the normalisation. A pure LoRA
+adapter opens in Hugging Face PEFT, and PEFT's here: see `hugging_face`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,18 +20,19 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from petite_fast._version import __version__
 from petite_fast.errors import InputError
 from petite_fast.files import atomic_write
-from petite_fast.peft.config import AnyConfig, LoraConfig, MixConfig, PeftConfig
+from petite_fast.peft import hugging_face
+from petite_fast.peft.config import AdapterConfig, AnyConfig, LoraConfig, MixConfig, PeftConfig
 
 CONFIG_NAME = "adapter_config.json"
 MODEL_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _LORA_LEAVES = ("lora_A", "lora_B")
 _INFORMATION = (
+    "base_model_class",
     "base_model_sha256",
     "scanner",
     "normalisation",
@@ -38,18 +40,7 @@ _INFORMATION = (
     "torch_version",
     "metadata",
 )
-# What Hugging Face PEFT's LoraConfig wants to read beside r, lora_alpha and target_modules.
-_HUGGING_FACE: dict[str, Any] = {
-    "base_model_name_or_path": None,
-    "task_type": None,
-    "inference_mode": True,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "init_lora_weights": True,
-    "use_rslora": False,
-    "use_dora": False,
-    "modules_to_save": None,
-}
+_log = logging.getLogger("petite_fast")
 
 
 @dataclass(frozen=True)
@@ -59,19 +50,34 @@ class AdapterFile:
     Attributes:
         directory: where it was read.
         config: how to adapt the base network.
-        information: base_model_sha256, scanner, normalisation, versions, metadata.
+        information: base_model_class, base_model_sha256, scanner, normalisation, versions,
+            metadata; None where the file says nothing (Hugging Face PEFT's say none of it).
         tensors: {name in the file: tensor}.
+        record: of a LoRA adapter, what Hugging Face PEFT reads in its config; else empty.
     """
 
     directory: Path
     config: AnyConfig
     information: dict[str, Any]
     tensors: dict[str, Tensor]
+    record: dict[str, Any]
+
+    @property
+    def ours(self) -> bool:
+        """Whether petite_fast wrote it, rather than Hugging Face PEFT."""
+        return not self.record or hugging_face.OWN_KEY in self.record
+
+    def crossing(self, net: nn.Module) -> list[str]:
+        """Names of the layers with Hugging Face PEFT's form for grouped convolutions."""
+        if not isinstance(self.config, LoraConfig):
+            return []
+        return hugging_face.crossing(net, self.config, self.tensors)
 
 
 def file_name(name: str) -> str:
     """Name in the file of the tensor called `name` in the network."""
-    return _PREFIX + name + (".weight" if name.rpartition(".")[2] in _LORA_LEAVES else "")
+    ending = ".weight" if name.rpartition(".")[2] in _LORA_LEAVES else ""
+    return hugging_face.PREFIX + name + ending
 
 
 def state_sha256(state: Mapping[str, Any]) -> str:
@@ -93,9 +99,9 @@ def state_sha256(state: Mapping[str, Any]) -> str:
 def write_adapter(
     directory: str | os.PathLike[str],
     config: AnyConfig,
-    lora_modules: list[str],
-    base_sha256: str,
+    net: nn.Module,
     tensors: Mapping[str, Tensor],
+    base: tuple[str, str],
     metadata: Mapping[str, Any] | None,
 ) -> None:
     """Write both files; an interrupted or failed write leaves the old pair.
@@ -103,9 +109,9 @@ def write_adapter(
     Args:
         directory: made if it is not there.
         config: how the network was adapted.
-        lora_modules: names of the modules with LoRA, written when the config names none.
-        base_sha256: of the base network.
+        net: the adapted network.
         tensors: {name in the network: tensor}.
+        base: class name and sha256 of the base network.
         metadata: JSON-able; `scanner` and `normalisation` get fields of their own.
 
     Raises:
@@ -115,10 +121,11 @@ def write_adapter(
     free = dict(metadata or {})
     record = config.to_dict()
     if isinstance(config, LoraConfig):
-        record |= _HUGGING_FACE
-        record["target_modules"] = config.target_modules or lora_modules
+        record = hugging_face.write_config(config, net)
+        tensors = hugging_face.to_file(tensors, net)
     record |= {
-        "base_model_sha256": base_sha256,
+        "base_model_class": base[0],
+        "base_model_sha256": base[1],
         "scanner": free.pop("scanner", None),
         "normalisation": free.pop("normalisation", None),
         "petite_fast_version": __version__,
@@ -142,9 +149,14 @@ def read_information(directory: str | os.PathLike[str]) -> tuple[AnyConfig, dict
     """Config and information of an adapter, without its tensors.
 
     Raises:
-        InputError: the file is missing, is not JSON, or was not written by petite_fast.
+        InputError: the file is missing, is not JSON, or holds no adapter that we know.
     """
-    path = Path(directory) / CONFIG_NAME
+    config, information, _ = _read_config(Path(directory) / CONFIG_NAME)
+    return config, information
+
+
+def _read_config(path: Path) -> tuple[AnyConfig, dict[str, Any], dict[str, Any]]:
+    """Config, information, and the record of a LoRA adapter for Hugging Face PEFT."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -154,17 +166,15 @@ def read_information(directory: str | os.PathLike[str]) -> tuple[AnyConfig, dict
     if not isinstance(record, dict):
         raise InputError(f"{path} is not a JSON object, expected an adapter config")
     information = {key: record.pop(key, None) for key in _INFORMATION}
-    if record.get("peft_type") == LoraConfig.peft_type:
-        for key, expected in _HUGGING_FACE.items():
-            if (value := record.pop(key, expected)) != expected:
-                raise InputError(f"{path}: {key} is {value!r}, expected {expected!r}")
+    lora = record.get("peft_type") == LoraConfig.peft_type
     try:
-        config = PeftConfig.from_dict(record)
+        config = hugging_face.read_config(record) if lora else PeftConfig.from_dict(record)
     except (InputError, TypeError) as error:
         raise InputError(f"{path}: {error}") from None
-    if not isinstance(information["base_model_sha256"], str):
+    ours = not lora or hugging_face.OWN_KEY in record
+    if ours and not isinstance(information["base_model_sha256"], str):
         raise InputError(f"{path} has no base_model_sha256, expected a file written by petite_fast")
-    return config, information
+    return config, information, record if lora else {}
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
@@ -173,7 +183,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
     Raises:
         InputError: one is missing, truncated, or something else.
     """
-    config, information = read_information(directory)
+    config, information, record = _read_config(Path(directory) / CONFIG_NAME)
     path = Path(directory) / MODEL_NAME
     try:
         tensors = safetensors.torch.load(path.read_bytes())
@@ -181,49 +191,93 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
         raise InputError(f"{path} cannot be read ({error.strerror or error})") from None
     except SafetensorError as error:
         raise InputError(f"{path} is truncated or not a safetensors file ({error})") from None
-    return AdapterFile(Path(directory), config, information, tensors)
+    return AdapterFile(Path(directory), config, information, tensors, record)
 
 
-def check_base(file: AdapterFile, sha256: str) -> None:
+def check_base(file: AdapterFile, network: str, sha256: str) -> None:
     """Refuse an adapter that was trained on another base network.
+
+    A file of Hugging Face PEFT's does not say what it was trained on; that is logged.
+
+    Args:
+        file: the adapter.
+        network: class name of the base network here.
+        sha256: its `state_sha256`.
 
     Raises:
         InputError: the hashes differ.
     """
     wanted = file.information["base_model_sha256"]
-    if wanted != sha256:
+    if wanted is None:
+        _log.warning(
+            "adapter %s was not written by petite_fast and does not say which base network it was "
+            "trained on: that it is this one could not be checked", file.directory
+        )  # fmt: skip
+        return
+    if wanted == sha256:
+        return
+    theirs = file.information["base_model_class"]
+    if theirs is not None and theirs != network:
         raise InputError(
-            f"adapter {file.directory} was trained on another base network "
-            f"(sha256 {wanted[:12]}..., this one has {sha256[:12]}...)"
+            f"adapter {file.directory} was trained on a {theirs}, and this network is a {network}"
         )
+    raise InputError(
+        f"adapter {file.directory} was trained on another base network, with other weights "
+        f"(sha256 {str(wanted)[:12]}..., this {network} has {sha256[:12]}...)"
+    )
 
 
-def check_scale(file: AdapterFile, config: AnyConfig) -> None:
-    """Refuse an adapter with another rank or scale than the network was adapted with.
+def check_settings(file: AdapterFile, config: AnyConfig, net: nn.Module) -> None:
+    """Refuse an adapter whose tensors would mean something else in this network.
+
+    Args:
+        file: the adapter.
+        config: how the network was adapted.
+        net: the adapted network.
 
     Raises:
-        InputError: they differ.
+        InputError: another rank, scale, part or activation.
     """
-    theirs, ours = _lora_settings(file.config), _lora_settings(config)
-    if theirs != ours:
-        raise InputError(
-            f"adapter {file.directory} has (r, lora_alpha) {theirs or 'none'}, "
-            f"expected {ours or 'none'} as in this network"
-        )
+    names = list(hugging_face.lora_layers(net))
+    theirs, ours = _settings(file.config, names), _settings(config, names)
+    for key in theirs | ours:
+        if theirs.get(key) != ours.get(key):
+            raise InputError(
+                f"adapter {file.directory} has {theirs.get(key, 'nothing')} for {key}, "
+                f"expected {ours.get(key, 'nothing')} as in this network"
+            )
 
 
-def _lora_settings(config: AnyConfig | None) -> list[tuple[int, float]]:
+def _settings(config: AnyConfig | None, names: list[str], side: str = "") -> dict[str, str]:
+    """What shapes do not tell, {where: words}: of LoRA per layer, of adapters the activation."""
     if isinstance(config, MixConfig):
-        return _lora_settings(config.encoder) + _lora_settings(config.decoder)
-    return [(config.r, config.lora_alpha)] if isinstance(config, LoraConfig) else []
+        return _settings(config.encoder, names, " in the encoder") | _settings(
+            config.decoder, names, " in the decoder"
+        )
+    if isinstance(config, AdapterConfig):
+        return {f"the adapters{side}": f"activation {config.activation}"}
+    if not isinstance(config, LoraConfig):
+        return {}
+    words = {}
+    for name in names:
+        r, alpha = config.settings(name)
+        words[f"LoRA{side} on {name!r}"] = (
+            f"r={r}, lora_alpha={alpha:g}, use_rslora={config.use_rslora}, "
+            f"qkv_parts={config.qkv_parts!r}"
+        )
+    return words
 
 
-def network_values(file: AdapterFile, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def network_values(
+    file: AdapterFile, net: nn.Module, expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """{name in the network: tensor}, with the names and shapes of `expected`.
 
     Raises:
-        InputError: missing or extra tensors, or another shape.
+        InputError: missing or extra tensors, another shape, or a LoRA file that means one thing
+            here and another in Hugging Face PEFT.
     """
+    layers = hugging_face.lora_layers(net)
     names = {file_name(name): name for name in expected}
     missing = sorted(set(names) - set(file.tensors))
     extra = sorted(set(file.tensors) - set(names))
@@ -232,11 +286,17 @@ def network_values(file: AdapterFile, expected: Mapping[str, Tensor]) -> dict[st
             f"adapter {file.directory} does not fit this network: {len(missing)} tensors missing"
             f"{_first(missing)}, {len(extra)} unexpected{_first(extra)}"
         )
+    if isinstance(file.config, LoraConfig):
+        if file.ours:
+            hugging_face.check_agreement(file.record, file.config, net, file.directory)
+        else:
+            hugging_face.check_form(net, file.directory)
     values = {}
     for key, name in names.items():
         value, shape = file.tensors[key], expected[name].shape
-        if value.shape[: len(shape)] == shape and value.numel() == shape.numel():
-            value = value.reshape(shape)  # lora_B of a convolution is (O, r, 1, 1, 1) in the file
+        layer = layers.get(name.removesuffix(".lora_B"))
+        if file.record and layer is not None:
+            value = hugging_face.from_file(value, layer, f"adapter {file.directory}: {key}")
         if value.shape != shape or not value.is_floating_point():
             raise InputError(
                 f"adapter {file.directory}: {key} is {value.dtype} {tuple(value.shape)}, "

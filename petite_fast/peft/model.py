@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from petite_fast.nn.lora import LoRAConv3d
 from petite_fast.peft import io
 from petite_fast.peft.config import AnyConfig
 from petite_fast.peft.inject import (
     Injection,
-    Plan,
     carry_out,
     has_adapter,
     make_plan,
     take_out,
     tensor,
 )
+from petite_fast.peft.methods import Site
+from petite_fast.peft.methods.lora import LoraSite
+from petite_fast.peft.mixed import mixed_batch
 
 
 @dataclass
@@ -41,6 +42,8 @@ class _State:
     """Adapters that are not active."""
     live: dict[str, nn.Parameter] | None = None
     """The trainable parameters, while the adapter is disabled."""
+    merged: bool = False
+    """Whether what can be folded into the weights is, for now."""
 
 
 class PeftModel(nn.Module):
@@ -66,21 +69,22 @@ class PeftModel(nn.Module):
 
         Args:
             net: the base network that the adapter was trained on; adapted in place.
-            directory: what `save_pretrained` wrote.
+            directory: what `save_pretrained` wrote, or Hugging Face PEFT for a LoRA adapter (which
+                does not say its base network: the logger "petite_fast" notes it).
             name: name of the adapter.
 
         Raises:
-            InputError: the file is unreadable, was trained on another base, or does not fit. `net`
-                is then as it was.
+            InputError: the file is unreadable, was trained on another base, does not fit, or has an
+                option of Hugging Face PEFT's that is not supported. `net` is then as it was.
             ValueError: `net` has adapters already.
         """
         _require_bare(net)
         file = io.read_adapter(directory)
-        plan = make_plan(net, file.config)
-        io.check_base(file, io.state_sha256(net.state_dict()))
+        io.check_base(file, type(net).__name__, io.state_sha256(net.state_dict()))
+        plan = make_plan(net, file.config, file.crossing(net))
         model = _adapt(net, file.config, plan, name)
         try:
-            values = io.network_values(file, model._tensors())
+            values = io.network_values(file, model, model._tensors())
         except ValueError:
             model._leave(merge=False)
             raise
@@ -130,19 +134,19 @@ class PeftModel(nn.Module):
         It becomes active by `set_adapter`, unless it has the active one's name.
 
         Returns:
-            What the file says of itself: base_model_sha256, scanner, normalisation,
-            petite_fast_version, torch_version, metadata.
+            What the file says of itself: base_model_class, base_model_sha256, scanner,
+            normalisation, petite_fast_version, torch_version, metadata.
 
         Raises:
             InputError: the file is unreadable, was trained on another base, has another rank or
-                other tensors. Nothing is changed then.
+                scale or other tensors. Nothing is changed then.
             ValueError: the adapter is disabled.
         """
         self._require_enabled("load_adapter")
         file = io.read_adapter(directory)
-        io.check_base(file, self.base_sha256())
-        io.check_scale(file, self._peft.config)
-        values = io.network_values(file, self._tensors())
+        io.check_base(file, self._peft_base.__name__, self.base_sha256())
+        io.check_settings(file, self._peft.config, self)
+        values = io.network_values(file, self, self._tensors())
         if name == self._peft.active:
             self._write(values)
         else:
@@ -153,13 +157,12 @@ class PeftModel(nn.Module):
         """Make `name` the active adapter.
 
         Raises:
-            ValueError: there is no such adapter, or the adapter is disabled.
+            ValueError: there is no such adapter, or the adapter is disabled or merged.
         """
         self._require_enabled("set_adapter")
         if name == self._peft.active:
             return
-        if name not in self._peft.stored:
-            raise ValueError(f"name: got {name!r}, wanted one of {sorted(self.peft_config)}")
+        self._require_known(name)
         values = self._peft.stored.pop(name)
         self._peft.stored[self._peft.active] = {
             k: v.detach().clone() for k, v in self._tensors().items()
@@ -178,32 +181,82 @@ class PeftModel(nn.Module):
         if state.live is not None:
             yield
             return
+        self._require_enabled("disable_adapter")
         live = {}
         for name, value in self._tensors().items():
             if isinstance(value, nn.Parameter):
                 live[name] = value
                 initial = state.initial[name] = state.initial[name].to(value)
-                _exchange(self, name, nn.Parameter(initial, requires_grad=False))
+                self._exchange(name, nn.Parameter(initial, requires_grad=False))
         state.live = live
         try:
             yield
         finally:
             for name, parameter in live.items():
-                _exchange(self, name, parameter)
+                self._exchange(name, parameter)
             state.live = None
+
+    def merge_adapter(self) -> None:
+        """Fold LoRA and SSF into the weights for now: inference at the cost of the base network.
+
+        The base weights are kept, so `unmerge_adapter` brings them back to the last bit. Prompts
+        and bottleneck adapters cannot be folded and go on as they are. Until then the adapter
+        cannot be trained, switched, saved or disabled.
+
+        Raises:
+            ValueError: the adapter is disabled or merged.
+        """
+        self._require_enabled("merge_adapter")
+        for site in self._peft.injection.sites:
+            site.fold(self)
+        self._peft.merged = True
+
+    def unmerge_adapter(self) -> None:
+        """Undo `merge_adapter`; nothing happens when nothing is merged."""
+        for site in self._peft.injection.sites:
+            site.unfold(self)
+        self._peft.merged = False
+
+    def mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        """Give every sample of a batch an adapter of its own: y[i] = network with names[i] of x[i].
+
+        With LoRA alone the batch makes one pass: every convolution becomes one grouped convolution
+        with a W_eff per sample. Other methods take one pass per adapter in the batch.
+
+        Args:
+            x: [N, C, D, H, W].
+            adapter_names: N names, one per sample.
+
+        Returns:
+            [N, ...], without a graph: this is for inference.
+
+        Raises:
+            ValueError: a name is unknown, there are not N of them, the network is in training mode,
+                or the adapter is disabled or merged.
+        """
+        self._require_enabled("mixed_batch")
+        return mixed_batch(self, x, list(adapter_names))
 
     def merge_and_unload(self) -> nn.Module:
         """Fold the active adapter into the network and make it a plain one again, in place.
 
-        LoRA goes into the weights, exactly; trained biases stay where they are; frozen layers
-        become torch's own classes, and every parameter gets back the `requires_grad` it had.
-        Channel prompts depend on the place in the patch and cannot be folded into a weight: they
-        stay, as frozen modules. Other adapters are dropped.
+        LoRA and SSF go into the weights, exactly; trained biases and norms stay where they are;
+        frozen layers become torch's own classes, and every parameter gets back the `requires_grad`
+        it had. Prompts depend on the place in the patch or on the data, bottleneck adapters are not
+        linear: neither can be folded into a weight, and both stay, as frozen modules. Other
+        adapters are dropped.
 
         Raises:
-            ValueError: the adapter is disabled.
+            ValueError: the adapter is disabled or merged, or has LoRA that crosses the groups of a
+                convolution (an import from Hugging Face PEFT).
         """
         self._require_enabled("merge_and_unload")
+        for site in self._peft.injection.sites:
+            if isinstance(site, LoraSite) and site.crossing:
+                raise ValueError(
+                    f"merge_and_unload: got LoRA across the groups of {site.name}, wanted updates "
+                    "that a grouped weight can hold"
+                )
         return self._leave(merge=True)
 
     def save_pretrained(
@@ -222,17 +275,12 @@ class PeftModel(nn.Module):
             OSError: the disk is full, or the directory cannot be written.
         """
         self._require_enabled("save_pretrained")
-        tensors = self._tensors()
-        for name in self._peft.injection.lora:
-            if isinstance(self.get_submodule(name), LoRAConv3d):
-                lora_b = f"{name}.lora_B"
-                tensors[lora_b] = tensors[lora_b][..., None, None, None]  # as a 1x1x1 convolution
         io.write_adapter(
             directory,
             self._peft.config,
-            self._peft.injection.lora,
-            self.base_sha256(),
-            tensors,
+            self,
+            self._tensors(),
+            (self._peft_base.__name__, self.base_sha256()),
             metadata,
         )
 
@@ -281,9 +329,21 @@ class PeftModel(nn.Module):
         self.__class__ = type(self)._peft_base  # type: ignore[assignment]
         return self
 
+    def _exchange(self, name: str, parameter: nn.Parameter) -> None:
+        """Put another Parameter object in the place of one, wherever that is."""
+        for alias in (name, *self._peft.injection.aliases.get(name, ())):
+            path, _, leaf = alias.rpartition(".")
+            self.get_submodule(path)._parameters[leaf] = parameter
+
     def _require_enabled(self, caller: str) -> None:
         if self._peft.live is not None:
             raise ValueError(f"{caller}: got a disabled adapter, wanted it outside disable_adapter")
+        if self._peft.merged:
+            raise ValueError(f"{caller}: got a merged adapter, wanted it after unmerge_adapter")
+
+    def _require_known(self, name: str) -> None:
+        if name not in self.peft_config:
+            raise ValueError(f"name: got {name!r}, wanted one of {sorted(self.peft_config)}")
 
 
 def get_peft_model(net: nn.Module, config: AnyConfig, adapter_name: str = "default") -> PeftModel:
@@ -296,7 +356,7 @@ def get_peft_model(net: nn.Module, config: AnyConfig, adapter_name: str = "defau
 
     Args:
         net: any module; it stays an instance of its class.
-        config: LoraConfig, BitFitConfig, PromptConfig or MixConfig.
+        config: the config of one method (`petite_fast.peft.config`), or a MixConfig.
         adapter_name: name of the adapter.
 
     Raises:
@@ -308,7 +368,7 @@ def get_peft_model(net: nn.Module, config: AnyConfig, adapter_name: str = "defau
     return _adapt(net, config, make_plan(net, config), adapter_name)
 
 
-def _adapt(net: nn.Module, config: AnyConfig, plan: Plan, name: str) -> PeftModel:
+def _adapt(net: nn.Module, config: AnyConfig, plan: list[Site], name: str) -> PeftModel:
     injection = carry_out(net, plan)
     initial = {key: tensor(net, key).detach().clone() for key in injection.tensors}
     net.__class__ = _adapted_class(type(net))
@@ -347,9 +407,3 @@ def _adapted_class(base: type[nn.Module]) -> type[PeftModel]:
 def _new(base: type[nn.Module]) -> PeftModel:
     cls = _adapted_class(base)
     return cls.__new__(cls)
-
-
-def _exchange(net: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put another Parameter object in the place of one."""
-    path, _, leaf = name.rpartition(".")
-    net.get_submodule(path)._parameters[leaf] = parameter

@@ -98,7 +98,7 @@ def run_demo(
     settings = TrainSettings(
         base, plan.pretrain_steps, batch=plan.batch, seed=plan.seed, resume="never"
     )
-    tasks.pretrain(source, settings, widths=plan.widths)
+    tasks.pretrain(source, settings, sizes={"widths": plan.widths})
 
     reports: dict[str, TrainReport] = {}
     for method in ("petite", "full"):
@@ -161,7 +161,8 @@ def _saved(base: Path, method: str, data: tasks.TrainingData, plan: DemoPlan) ->
     loaded = load_network(base)
     generator = tasks.adapted(
         loaded.generator,
-        method,  # type: ignore[arg-type]
+        loaded.network,
+        method,
         rank=plan.rank,
         num_prompts=plan.num_prompts,
     ).train()

@@ -1,4 +1,4 @@
-"""What the network is trained to do: L1 alone, or the GAN objective of PETITE.
+"""What the network is trained to do: L1, mean squared error, or the GAN objective of PETITE.
 
     loss_G = BCE(D([x, G(x)]), 1) + 100 * mean |G(x) - y|
     loss_D = (BCE(D([x, y]), 1) + BCE(D([x, G(x)]), 0)) / 2         G(x) detached
@@ -29,6 +29,17 @@ class L1Objective:
         """{"loss": what to minimise, "l1": ...}; x, y, fake are [N, 1, X, Y, Z]."""
         l1 = F.l1_loss(fake, y)
         return {"loss": l1, "l1": l1.detach()}
+
+
+class MSEObjective:
+    """mean (G(x) - y)^2: the published objective of UNETR, which has no discriminator."""
+
+    discriminator: nn.Module | None = None
+    trains_discriminator = False
+
+    def generator_losses(self, x: Tensor, y: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        """{"loss": what to minimise, "l1": mean |G(x) - y|}; x, y, fake are [N, 1, X, Y, Z]."""
+        return {"loss": F.mse_loss(fake, y), "l1": F.l1_loss(fake.detach(), y)}
 
 
 class GANObjective:
@@ -72,7 +83,7 @@ class GANObjective:
         return self.discriminator(pair, logits=True)
 
 
-Objective = L1Objective | GANObjective
+Objective = L1Objective | MSEObjective | GANObjective
 
 
 def _bce(logits: Tensor, label: float) -> Tensor:

@@ -1,20 +1,32 @@
-"""The options that several commands share: their types and their help."""
+"""The options that several commands share: their types, their help, and what they mean."""
 
 from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from petite_fast.errors import InputError
 
-class Recipe(str, Enum):
-    """What trains."""
+if TYPE_CHECKING:
+    from petite_fast.training.loop import TrainSettings
+    from petite_fast.training.tasks import TrainingData
 
-    petite = "petite"
-    bitfit = "bitfit"
-    full = "full"
+
+class NetworkName(str, Enum):
+    """The networks."""
+
+    cvtgan = "cvtgan"
+    unetr = "unetr"
+
+
+class ExportFormat(str, Enum):
+    """What a network can be handed over as."""
+
+    state_dict = "state-dict"
+    monai_bundle = "monai-bundle"
 
 
 class Precision(str, Enum):
@@ -70,3 +82,77 @@ NormalisationOption = Annotated[
 ]
 Base = Annotated[Path, typer.Option(help="Base network: a run folder or a published .pt file.")]
 Adapter = Annotated[Path | None, typer.Option(help="Adapter folder, from finetune.")]
+
+
+def training_data(
+    data: Path, fold: int | None, patch: str | None, normalisation: Normalisation | None
+) -> TrainingData:
+    """Which scans, as the options say."""
+    from petite_fast.training.tasks import TrainingData
+
+    return TrainingData(
+        json=data,
+        fold=fold,
+        patch=numbers("--patch", patch, 3) if patch else None,
+        normalisation=normalisation.value if normalisation else None,
+    )
+
+
+def train_settings(
+    out: Path,
+    steps: int,
+    batch: int,
+    lr: float,
+    precision: Precision,
+    seed: int,
+    save_every: int,
+    resume: str,
+) -> TrainSettings:
+    """How to train, as the options say."""
+    from petite_fast.training.loop import TrainSettings
+
+    return TrainSettings(
+        out=out,
+        steps=steps,
+        batch=batch,
+        lr=lr,
+        precision=precision.value,
+        seed=seed,
+        save_every=save_every,
+        resume=resume if resume in ("auto", "never") else Path(resume),  # type: ignore[arg-type]
+    )
+
+
+def numbers(option: str, text: str, count: int | None = None) -> list[int]:
+    """Comma-separated whole numbers, `count` of them.
+
+    Raises:
+        InputError: something else.
+    """
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or (count and len(values) != count):
+        wanted = f"{count} whole numbers" if count else "whole numbers"
+        raise InputError(f"{option} is {text!r}; expected {wanted}, comma-separated")
+    return values
+
+
+def device_name(name: str) -> str:
+    """A device that is there; "auto" is the GPU where there is one.
+
+    Raises:
+        InputError: no such device.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device is {name!r}, and PyTorch finds no GPU here")
+    return name

@@ -1,7 +1,8 @@
-"""What the commands print about a training run or an evaluation, as text and tables."""
+"""What the commands print about a training run, an evaluation or recipes, as text and tables."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
@@ -43,6 +44,13 @@ def evaluation_table(report: dict[str, Any]) -> Table:
 def metric_cells(values: dict[str, Any]) -> list[str]:
     """PSNR, SSIM and NRMSE as text; a PSNR that JSON could not hold is infinite."""
     return ["inf" if values[k] is None else f"{values[k]:.{n}f}" for k, n in _DIGITS.items()]
+
+
+def recipe_table(network: str, sizes: Sequence[tuple[str, int, float]]) -> Table:
+    """Recipes with the number of parameters that train and their share of the network."""
+    rows = [[recipe, f"{count:,}", f"{percent:.3f}"] for recipe, count, percent in sizes]
+    title = f"Recipes for {network}, full size"
+    return text_table(title, ["recipe", "trainable", "% of the network"], rows)
 
 
 def text_table(title: str, headings: list[str], rows: list[list[str]]) -> Table:

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -22,28 +21,30 @@ from petite_fast.data import Normaliser, PatchDataset, read_datalist
 from petite_fast.errors import InputError
 from petite_fast.models import (
     CVTGANDiscriminator,
-    CVTGANGenerator,
     LoadedNetwork,
+    build_network,
     load_network,
     save_network,
 )
+from petite_fast.models.checkpoints import added_parameters, bare_copy
+from petite_fast.models.published import Network
 from petite_fast.peft import (
-    BitFitConfig,
+    AdapterConfig,
+    MixConfig,
     PeftModel,
     PromptConfig,
     get_peft_model,
-    petite_recipe,
     read_information,
 )
+from petite_fast.peft.config import AnyConfig
+from petite_fast.peft.export import export_bundle, export_state_dict
 from petite_fast.peft.io import state_sha256
+from petite_fast.peft.mix import recipe as recipe_config
 from petite_fast.training.inference import Reconstructor
 from petite_fast.training.loop import TrainReport, TrainSettings, train
-from petite_fast.training.objectives import GANObjective, L1Objective, Objective
+from petite_fast.training.objectives import GANObjective, L1Objective, MSEObjective, Objective
 
-Recipe = Literal["petite", "bitfit", "full"]
-RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 DEFAULT_PATCH = (64, 64, 64)
-DEFAULT_WIDTHS = (64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -87,33 +88,61 @@ class TrainingData:
 
 
 def pretrain(
-    data: TrainingData, settings: TrainSettings, *, widths: Sequence[int] = DEFAULT_WIDTHS
+    data: TrainingData,
+    settings: TrainSettings,
+    *,
+    network: Network = "cvtgan",
+    sizes: Mapping[str, Any] | None = None,
 ) -> TrainReport:
-    """Train a CVT-GAN (both networks) from random weights; the base network is in settings.out.
+    """Train a network from random weights; the base network is in settings.out.
+
+    A CVT-GAN has the GAN objective, and both of its networks train. A UNETR has mean squared error,
+    and position embeddings for the patch of the training.
+
+    Args:
+        data: scans of the first scanner.
+        settings: how to train.
+        network: "cvtgan" or "unetr".
+        sizes: keyword arguments of the network that are not its defaults, such as CVT-GAN's widths.
 
     Raises:
-        InputError: the data, the widths or the settings cannot be used; see also `train`.
+        InputError: the data, the sizes or the settings cannot be used; see also `train`.
         TrainingInterrupted, OSError: see `train`.
     """
     normalisation = data.normalisation or "paired"
     samples = data.open(settings.seed, normalisation)
-    _check_batch_norm(settings.batch, samples.patch)
+    sizes = dict(sizes or {})
+    if network == "cvtgan":
+        _check_batch_norm(settings.batch, samples.patch)
+    else:
+        sizes = {"img_size": samples.patch, **sizes}
     torch.manual_seed(settings.seed)
     try:
-        generator = CVTGANGenerator(tuple(widths))
+        generator = build_network(network, **sizes)
     except ValueError as error:
-        raise InputError(f"--widths {','.join(map(str, widths))}: {error}") from error
-    discriminator = CVTGANDiscriminator()
+        raise InputError(f"no {network} of these sizes: {error}") from error
+    discriminator = CVTGANDiscriminator() if network == "cvtgan" else None
+    objective: Objective = MSEObjective()
+    if discriminator is not None:
+        objective = GANObjective(discriminator, train_discriminator=True)
     metadata = _metadata(data, samples, settings, normalisation)
     report = train(
         generator,
-        GANObjective(discriminator, train_discriminator=True),
+        objective,
         samples,
         settings,
-        config={"task": "pretrain", "widths": list(widths), **metadata, **_subjects(samples)},
+        config={
+            "task": "pretrain",
+            "network": network,
+            "sizes": generator.config,
+            **metadata,
+            **_subjects(samples),
+        },
         title="pretrain",
     )
-    save_network(settings.out, generator.cpu(), discriminator.cpu(), **metadata)
+    if discriminator is not None:
+        discriminator.cpu()
+    save_network(settings.out, generator.cpu(), discriminator, **metadata)
     return report
 
 
@@ -122,9 +151,9 @@ def finetune(
     data: TrainingData,
     settings: TrainSettings,
     *,
-    recipe: Recipe = "petite",
+    recipe: str = "petite",
     rank: int = 8,
-    num_prompts: Sequence[int] = (0, 8, 32),
+    num_prompts: Sequence[int] | None = None,
 ) -> TrainReport:
     """Adapt the base network to the scanner of `data`; the result is in settings.out.
 
@@ -136,12 +165,12 @@ def finetune(
         base: base network, a folder or a published .pt file.
         data: scans of the new scanner.
         settings: how to train.
-        recipe: "petite" (encoder prompts, decoder LoRA, biases), "bitfit" (biases) or "full".
-        rank: LoRA rank of "petite"; lora_alpha is twice that, as published.
-        num_prompts: prompts of the three encoder stages in "petite".
+        recipe: one of `petite_fast.peft.mix.recipes`.
+        rank: LoRA rank; lora_alpha is twice that, as published.
+        num_prompts: prompts of the encoder's stages; None is the network's own number.
 
     Raises:
-        InputError: the base, the data or the settings cannot be used; see also `train`.
+        InputError: the base, the data, the recipe or the settings cannot be used; see also `train`.
         TrainingInterrupted, OSError: see `train`.
     """
     loaded = load_network(base)
@@ -156,13 +185,15 @@ def finetune(
         **metadata,
         **_subjects(samples),
     }
-    if recipe == "petite":
-        config |= {"rank": rank, "num_prompts": list(num_prompts)}
-    if recipe == "full":
+    if recipe != "full":
+        config |= {"rank": rank, "num_prompts": num_prompts and list(num_prompts)}
+    elif loaded.network == "cvtgan":
         _check_batch_norm(settings.batch, samples.patch)
-    torch.manual_seed(settings.seed)  # LoRA's random start
+    torch.manual_seed(settings.seed)  # the random start of adapters
     from_base = {name for name, _ in loaded.generator.named_parameters()}
-    generator = adapted(loaded.generator, recipe, rank=rank, num_prompts=num_prompts)
+    generator = adapted(
+        loaded.generator, loaded.network, recipe, rank=rank, num_prompts=num_prompts
+    )
     known = from_base & {name for name, p in generator.named_parameters() if not p.requires_grad}
     report = train(
         generator,
@@ -185,12 +216,13 @@ def finetune(
 def merge(base: Path, adapter: Path, out: Path) -> bool:
     """Fold an adapter into its base network; the merged base network is in `out`.
 
-    LoRA and biases become part of the weights, exactly. Channel prompts depend on the patch and
-    cannot: with them, `out` holds the folded network in ``out/base`` and the prompts as an adapter
-    of it beside that, and `load_reconstructor` takes `out` as one base.
+    LoRA and SSF become part of the weights, exactly; biases and norms are. Prompts and bottleneck
+    adapters are no function of the weights and cannot: with them, `out` holds the folded network in
+    ``out/base`` and the rest as an adapter of it beside that, and `load_reconstructor` takes `out`
+    as one base.
 
     Returns:
-        Whether prompts stayed.
+        Whether something stayed.
 
     Raises:
         InputError: base or adapter cannot be read, or do not belong together.
@@ -198,23 +230,51 @@ def merge(base: Path, adapter: Path, out: Path) -> bool:
     """
     loaded = load_network(base)
     model = PeftModel.from_pretrained(loaded.generator, adapter)
-    _, information = read_information(adapter)
-    told = {k: information[k] for k in ("scanner", "normalisation")} | information["metadata"]
-    merged = model.merge_and_unload()
-    prompts = {name: stage.prompt for name, stage in merged.named_modules() if _prompted(stage)}
-    for name in prompts:
-        merged.get_submodule(name).prompt = None  # type: ignore[assignment]
-    metadata = loaded.metadata | told
-    folder = out / "base" if prompts else out
-    save_network(folder, merged, loaded.discriminator, **metadata)  # type: ignore[arg-type]
-    if prompts:
-        counts = {re.escape(name): prompt.num_prompts for name, prompt in prompts.items()}
-        model = get_peft_model(merged, PromptConfig(counts))
-        for name, prompt in prompts.items():
-            stage = model.get_submodule(name)
-            stage.prompt.load_state_dict(prompt.state_dict())  # type: ignore[union-attr]
-        model.save_pretrained(out, metadata=metadata)
-    return bool(prompts)
+    config, information = read_information(adapter)
+    metadata = loaded.metadata | _told(information)
+    rest = _cannot_be_folded(config)
+    merged: Any = model.merge_and_unload()
+    if rest is None:
+        save_network(out, merged, loaded.discriminator, **metadata)
+        return False
+    plain = bare_copy(merged)
+    save_network(out / "base", plain, loaded.discriminator, **metadata)
+    model = get_peft_model(plain, rest)
+    model.load_state_dict(merged.state_dict())
+    model.save_pretrained(out, metadata=metadata)
+    return True
+
+
+def export(base: Path, adapter: Path | None, out: Path, form: str) -> None:
+    """Hand a network, with an adapter merged into it, to other software.
+
+    Args:
+        base: base network, a folder or a published .pt file.
+        adapter: folder of an adapter, or None.
+        out: "state-dict": a file, .safetensors or .pt; "monai-bundle": the bundle's folder.
+        form: one of these two.
+
+    Raises:
+        InputError: base or adapter cannot be read, do not belong together, or have what cannot be
+            folded; `out` has another ending, or is no name for a bundle.
+        OSError: `out` cannot be written.
+    """
+    network, loaded, metadata = _load(base, adapter)
+    plain: Any = network.merge_and_unload() if isinstance(network, PeftModel) else network
+    if form == "state-dict":
+        export_state_dict(plain, out)
+        return
+    patch = list(_patch(loaded, metadata))
+    said: dict[str, Any] = {
+        key: metadata[key] for key in ("scanner", "normalisation") if key in metadata
+    }
+    export_bundle(
+        plain,
+        out.parent,
+        out.name,
+        network_config=_description(plain, patch),
+        metadata={"patch": patch, **said},
+    )
 
 
 def load_reconstructor(
@@ -227,48 +287,91 @@ def load_reconstructor(
     Raises:
         InputError: base or adapter cannot be read, or do not belong together.
     """
-    if adapter is None and (base / "base").is_dir() and (base / "adapter_config.json").is_file():
-        base, adapter = base / "base", base
-    loaded = load_network(base)
-    network: torch.nn.Module = loaded.generator
-    metadata = loaded.metadata
-    if adapter is not None:
-        network = PeftModel.from_pretrained(network, adapter)
-        _, information = read_information(adapter)
-        own = {"normalisation": information["normalisation"], **(information["metadata"] or {})}
-        metadata = metadata | {k: v for k, v in own.items() if v is not None}
+    network, loaded, metadata = _load(base, adapter)
     return Reconstructor(
         network.to(device).eval(),
-        tuple(metadata.get("patch", DEFAULT_PATCH)),
+        _patch(loaded, metadata),
         Normaliser(metadata.get("normalisation", "paired")),
     )
 
 
-def _prompted(module: torch.nn.Module) -> bool:
-    return hasattr(module, "make_prompt") and module.prompt is not None
-
-
 def adapted(
-    generator: torch.nn.Module, recipe: Recipe, *, rank: int, num_prompts: Sequence[int]
+    generator: torch.nn.Module,
+    network: str,
+    recipe: str,
+    *,
+    rank: int = 8,
+    num_prompts: Sequence[int] | None = None,
 ) -> Any:
     """`generator`, in place, with what `recipe` trains switched on and the rest frozen.
 
     Raises:
-        InputError: rank or num_prompts is out of range.
+        InputError: no such recipe for this network, or rank or num_prompts is out of range.
     """
     if recipe == "full":
         return generator.requires_grad_(True)
-    if recipe == "bitfit":
-        return get_peft_model(generator, BitFitConfig())
-    config = petite_recipe("cvtgan", r=rank, lora_alpha=2 * rank, num_prompts=tuple(num_prompts))
+    config = recipe_config(network, recipe, r=rank, num_prompts=num_prompts)
     return get_peft_model(generator, config)
 
 
 def finetune_objective(loaded: LoadedNetwork) -> Objective:
-    """The GAN objective with the base's discriminator frozen, or L1 where there is none."""
+    """The base's own objective, a discriminator frozen; L1 for a CVT-GAN without one."""
+    if loaded.network == "unetr":
+        return MSEObjective()
     if loaded.discriminator is None:
         return L1Objective()
     return GANObjective(loaded.discriminator, train_discriminator=False)
+
+
+def _load(
+    base: Path, adapter: Path | None
+) -> tuple[torch.nn.Module, LoadedNetwork, dict[str, Any]]:
+    """The network, adapted if there is an adapter; what was loaded; what is said of both."""
+    if adapter is None and (base / "base").is_dir() and (base / "adapter_config.json").is_file():
+        base, adapter = base / "base", base
+    loaded = load_network(base)
+    if adapter is None:
+        return loaded.generator, loaded, loaded.metadata
+    network = PeftModel.from_pretrained(loaded.generator, adapter)
+    _, information = read_information(adapter)
+    return network, loaded, loaded.metadata | _told(information)
+
+
+def _told(information: dict[str, Any]) -> dict[str, Any]:
+    """What an adapter file says about its training."""
+    told: dict[str, Any] = {key: information[key] for key in ("scanner", "normalisation")}
+    told |= information["metadata"] or {}
+    return {key: value for key, value in told.items() if value is not None}
+
+
+def _patch(loaded: LoadedNetwork, metadata: dict[str, Any]) -> tuple[int, int, int]:
+    """The patch of the training; without a record of it the one that a UNETR is made for."""
+    default = loaded.generator.config.get("img_size", DEFAULT_PATCH)
+    return tuple(metadata.get("patch", default))
+
+
+def _cannot_be_folded(config: AnyConfig) -> AnyConfig | None:
+    """The part of `config` that `merge_and_unload` leaves in the network; None without any."""
+    stays = (PromptConfig, AdapterConfig)
+    if not isinstance(config, MixConfig):
+        return config if isinstance(config, stays) else None
+    halves = {"encoder": config.encoder, "decoder": config.decoder}
+    kept: dict[str, Any] = {
+        side: part if isinstance(part, stays) else None for side, part in halves.items()
+    }
+    return replace(config, bitfit=False, **kept) if any(kept.values()) else None
+
+
+def _description(network: Any, patch: list[int]) -> dict[str, Any]:
+    """How MONAI's ConfigParser builds `network`; by MONAI's own class where that is enough."""
+    added, config = added_parameters(network), network.config
+    if added:
+        build = "petite_fast.models.build_network"
+        return {"_target_": build, "network": network.network, "added": added, **config}
+    if network.network == "unetr" and config["img_size"] == patch:
+        return {"_target_": "monai.networks.nets.UNETR", **config}
+    name = "UNETR" if network.network == "unetr" else "CVTGANGenerator"
+    return {"_target_": f"petite_fast.models.{name}", **config}
 
 
 def _metadata(

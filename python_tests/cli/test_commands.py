@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 TRAIN = ("--fold", "0", "--patch", "16,16,16", "--batch", "2", "--steps", "3")
 COMMANDS = (
-    "simulate", "pretrain", "finetune", "reconstruct", "evaluate", "merge", "info", "demo"
+    "simulate", "pretrain", "finetune", "reconstruct", "evaluate", "merge", "export", "info", "demo"
 )  # fmt: skip
 
 
@@ -134,6 +134,17 @@ def test_info_runs_without_gpu(run) -> None:
     result = run("info")
     assert result.code == 0
     assert "petite_fast" in result.out and "native" in result.out and "devices" in result.out
+
+
+def test_info_lists_the_recipes(run) -> None:
+    result = run("info", "--recipes", "--network", "unetr")
+    assert result.code == 0 and "Recipes for unetr" in result.out and "cvtgan" not in result.out
+    rows = {
+        cells[0].strip(): [cell.strip() for cell in cells[1:]]
+        for line in result.out.splitlines()
+        if len(cells := line.strip("│ ").split("│")) == 3
+    }
+    assert rows["lora+ssf"] == rows["petite"] == ["295,040", "0.290"]
 
 
 def _start(project, out: Path, steps: int, **options) -> subprocess.Popen:

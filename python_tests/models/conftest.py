@@ -32,6 +32,12 @@ def golden() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
+def golden_unetr() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "unetr.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="session")
 def filled(formula: ModuleType) -> Callable[[nn.Module], nn.Module]:
     """Give a network the weights of the golden values; eval mode."""
 

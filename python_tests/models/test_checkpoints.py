@@ -154,7 +154,7 @@ def test_damaged_description(saved, content):
 @pytest.mark.parametrize(
     "change",
     [
-        {"network": "unetr"},
+        {"network": "unet"},
         {"generator": None},
         {"discriminator": 3},
         {"metadata": []},
@@ -163,14 +163,14 @@ def test_damaged_description(saved, content):
 def test_foreign_description(saved, change):
     path = saved / "network.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(InputError, match="network.json does not describe a CVT-GAN"):
+    with pytest.raises(InputError, match="network.json does not describe a network"):
         load_network(saved)
 
 
 @pytest.mark.parametrize("content", [[], {}, "cvtgan", None])
 def test_description_of_something_else(saved, content):
     (saved / "network.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="network.json does not describe a CVT-GAN"):
+    with pytest.raises(InputError, match="network.json does not describe a network"):
         load_network(saved)
 
 

@@ -15,11 +15,11 @@ from petite_fast.errors import InputError
 from petite_fast.models import (
     CVTGANDiscriminator,
     CVTGANGenerator,
-    checkpoints,
     identify,
     load_network,
     load_published,
 )
+from petite_fast.models import published as published_files
 
 
 class Code:
@@ -56,15 +56,16 @@ def published(tmp_path_factory) -> tuple[Path, CVTGANGenerator, CVTGANDiscrimina
 
 
 def read_published(path: Path) -> dict:
-    with torch.serialization.safe_globals(checkpoints._NUMPY_SCALARS):
+    with torch.serialization.safe_globals(published_files.NUMPY_SCALARS):
         return torch.load(path, weights_only=True)
 
 
 def test_identify(tiny_generator, tiny_discriminator):
-    assert identify(tiny_generator.state_dict()) == "generator"
-    assert identify(tiny_discriminator.state_dict()) == "discriminator"
-    for other in ({}, {"vit.norm.weight": torch.zeros(1)}, {0: 1}):
-        with pytest.raises(InputError, match="not that of a CVT-GAN network"):
+    assert identify(tiny_generator.state_dict()) == ("cvtgan", "generator")
+    assert identify(tiny_discriminator.state_dict()) == ("cvtgan", "discriminator")
+    assert identify({"vit.norm.weight": torch.zeros(1)}) == ("unetr", "generator")
+    for other in ({}, {"model.0.weight": torch.zeros(1)}, {0: 1}):
+        with pytest.raises(InputError, match="not that of a CVT-GAN network or a UNETR"):
             identify(other)
     both = {**tiny_generator.state_dict(), **tiny_discriminator.state_dict()}
     with pytest.raises(InputError, match="not that of a CVT-GAN network"):
@@ -115,12 +116,12 @@ def test_discriminator_file_asked_for_the_generator(published, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [{}, [1, 2], {"state_dict": {"vit.norm.weight": torch.zeros(2)}}, torch.zeros(3)]
+    "content", [{}, [1, 2], {"state_dict": {"model.0.weight": torch.zeros(2)}}, torch.zeros(3)]
 )
 def test_file_of_another_network(tmp_path, content):
     path = tmp_path / "other.pt"
     torch.save(content, path)
-    with pytest.raises(InputError, match="holds no generator: found no CVT-GAN network"):
+    with pytest.raises(InputError, match="other.pt holds no CVT-GAN network or UNETR"):
         load_published(path)
 
 

@@ -66,11 +66,37 @@ def test_bottleneck(activation):
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_bottleneck_on_volumes(channels_last):
+    torch.manual_seed(0)
+    layer = BottleneckAdapter(16, channel_dim=1, dtype=torch.float64)
+    assert layer.down.weight.shape == (2, 16) and "channel_dim=1" in repr(layer)
+    x = torch.randn(2, 16, 3, 4, 5, dtype=torch.float64)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    x.requires_grad_()
+    assert torch.equal(layer(x), x)
+    assert saved_bytes(lambda: layer(x)) == x.nbytes
+    torch.nn.init.normal_(layer.up.weight)
+    inner = F.conv3d(x, layer.down.weight[..., None, None, None], layer.down.bias)
+    expected = x + F.conv3d(F.gelu(inner), layer.up.weight[..., None, None, None], layer.up.bias)
+    torch.testing.assert_close(layer(x), expected)
+    assert layer(x).stride() == x.stride()
+    names = [x, *layer.parameters()]
+    ours = torch.autograd.grad(layer(x).square().sum(), names)
+    theirs = torch.autograd.grad(expected.square().sum(), names)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
 def test_bottleneck_sizes():
     assert BottleneckAdapter(4, reduction=8).down.out_features == 1
     assert BottleneckAdapter(16, hidden=5).up.in_features == 5
     with pytest.raises(ValueError, match="activation: got 'tanh'"):
         BottleneckAdapter(16, activation="tanh")
+    with pytest.raises(ValueError, match="channel_dim: got 2"):
+        BottleneckAdapter(16, channel_dim=2)
     for bad in (dict(channels=0), dict(channels=4, reduction=0), dict(channels=4, hidden=0)):
         with pytest.raises(ValueError, match="wanted a positive int"):
             BottleneckAdapter(**bad)

@@ -27,7 +27,7 @@ def cached():
     x = torch.randn(2, 4, 5, 6, 7)
     with torch.no_grad():
         layer(x)
-    assert layer._folded is not None
+    assert layer._kept is not None
     return layer, x
 
 
@@ -39,13 +39,13 @@ def fresh(layer, x):
 
 def test_effective_weight_is_kept_and_reused(cached):
     layer, x = cached
-    kept = layer._folded
+    kept = layer._kept
     with torch.no_grad():
         layer(x)
-    assert layer._folded is kept
+    assert layer._kept is kept
     with torch.inference_mode():
         layer(x)
-    assert layer._folded is kept
+    assert layer._kept is kept
 
 
 def change_in_place(layer):
@@ -122,23 +122,23 @@ def test_autocast_and_float_do_not_share_it(cached):
         full = layer(x)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
-            assert layer._folded.weight.dtype == torch.bfloat16
+            assert layer._kept.weight.dtype == torch.bfloat16
         assert torch.equal(layer(x), full)
 
 
 def test_training_drops_it_and_gradients_never_use_it(cached):
     layer, x = cached
     layer.train()
-    assert layer._folded is None
+    assert layer._kept is None
     layer.eval()
     layer(x).sum().backward()
-    assert layer._folded is None and layer.lora_B.grad.any()
+    assert layer._kept is None and layer.lora_B.grad.any()
 
 
 def test_it_is_not_copied_pickled_or_saved(cached):
     layer, x = cached
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert other._folded is None and layer._folded is not None
+        assert other._kept is None and layer._kept is not None
         with torch.no_grad():
             assert torch.equal(other(x), layer(x))
             other.lora_B.zero_()
@@ -151,12 +151,12 @@ def test_it_is_not_copied_pickled_or_saved(cached):
 
 def test_functional_call_is_not_cached(cached):
     layer, x = cached
-    kept = layer._folded
+    kept = layer._kept
     other = {k: v.detach() * 2 for k, v in layer.named_parameters()}
     with torch.no_grad():
         y = torch.func.functional_call(layer, other, (x,))
         assert not torch.equal(y, layer(x))
-    assert layer._folded is kept
+    assert layer._kept is kept
 
 
 def test_parameters_made_in_inference_mode():

@@ -261,6 +261,66 @@ def test_compiles_with_the_network_as_one_graph(generator):
     torch.testing.assert_close(compiled(x), generator(x), rtol=1e-5, atol=1e-6)
 
 
+# --- deep prompts: one volume per block -----------------------------------------------------------
+
+
+def test_deep_prompts_have_a_row_per_block(generator):
+    stage = generator.encoder_layer2_down[0]
+    shallow, deep = stage.make_prompt(4), stage.make_prompt(4, deep=True)
+    assert shallow.embedding.shape == (1, 4, 8, 8, 8)
+    assert deep.embedding.shape == (2, 4, 8, 8, 8) and not deep.embedding.any()
+    assert "deep" not in repr(shallow) and "deep=True" in repr(deep)
+    assert list(deep.state_dict()) == list(shallow.state_dict())
+    for name, value in deep.named_buffers():
+        assert torch.equal(value, shallow.get_buffer(name))  # of the same seed
+
+
+@pytest.mark.parametrize("grid", [(8, 8, 8), (5, 9, 12)])
+def test_block_j_reads_row_j(grid):
+    deep = ChannelPrompt(3, 16, 3, (8, 8, 8), deep=True)
+    shallow = ChannelPrompt(3, 16, 3, (8, 8, 8))
+    with torch.no_grad():
+        deep.embedding.normal_()
+    assert deep.at((8, 8, 8)) is deep.embedding
+    for j, terms in enumerate(deep(grid, (4, 4, 4))):
+        with torch.no_grad():
+            shallow.embedding.copy_(deep.embedding[j : j + 1])
+        for got, want in zip(terms, shallow(grid, (4, 4, 4))[j], strict=True):
+            assert got.shape == want.shape
+            torch.testing.assert_close(got, want)
+        (row,) = torch.autograd.grad(
+            sum(term.sum() for term in terms), deep.embedding, retain_graph=True
+        )
+        assert [bool(r.any()) for r in row] == [i == j for i in range(3)]
+
+
+def test_deep_prompts_start_as_the_base_and_every_row_learns(generator):
+    generator.eval().requires_grad_(False)
+    x = torch.rand(1, 1, 32, 48, 80)
+    with torch.no_grad():
+        want = generator(x)
+    stages = [generator.encoder_layer2_down[0], generator.encoder_layer3_down[0]]
+    for stage in stages:
+        stage.prompt = stage.make_prompt(4, deep=True)
+    y = generator(x)
+    assert torch.equal(y, want)
+    (y - torch.rand_like(y)).pow(2).mean().backward()
+    assert all((stage.prompt.embedding.grad != 0).all() for stage in stages)
+    copied = copy.deepcopy(generator)
+    assert torch.equal(copied(x), y)
+
+
+def test_deep_prompts_compile_as_one_graph():
+    prompt = ChannelPrompt(3, 16, 2, (4, 4, 4), deep=True)
+    with torch.no_grad():
+        prompt.embedding.normal_()
+    torch._dynamo.reset()
+    compiled = torch.compile(prompt, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled((6, 4, 3), (3, 2, 2)), prompt((6, 4, 3), (3, 2, 2)), strict=True):
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_at_least_one_prompt():
     with pytest.raises(ValueError, match="num_prompts must be at least 1, got 0"):
         ChannelPrompt(0, 16, 1, (4, 4, 4))

@@ -144,8 +144,8 @@ def test_norms_with_running_statistics_stay_in_evaluation_mode():
         (LoraConfig(target_modules="tokens.*"), "'tokens', a Sequential"),
         (LoraConfig(target_modules=["spare"]), "matches no module"),
         (BitFitConfig(["nothing"]), "matches no module; names there are: stem"),
-        (PromptConfig({"stem": 4}), "'stem', a Conv3d, which takes no prompts"),
-        (PromptConfig({"stage": 4}), "'stage' matches no module; names there are: none"),
+        (PromptConfig({"stem": 4}), "transformer stages, and there is none in this network"),
+        (MixConfig(decoder=PromptConfig({"up": 4})), "there is none in the decoder"),
         (
             MixConfig(encoder=LoraConfig(target_modules="up")),
             "matches no module in the encoder; names there are: stem, down",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from petite_fast.training.objectives import GANObjective, L1Objective
+from petite_fast.training.objectives import GANObjective, L1Objective, MSEObjective
 
 
 @pytest.fixture
@@ -75,3 +75,12 @@ def test_l1_objective(scans) -> None:
     x, y, fake = scans
     losses = L1Objective().generator_losses(x, y, fake)
     assert math.isclose(losses["loss"].item(), (fake - y).abs().mean().item(), rel_tol=1e-6)
+
+
+def test_mse_objective(scans) -> None:
+    x, y, fake = scans
+    losses = MSEObjective().generator_losses(x, y, fake)
+    torch.testing.assert_close(losses["loss"], (fake - y).square().mean())
+    torch.testing.assert_close(losses["l1"], (fake - y).abs().mean())
+    assert losses["loss"].requires_grad and not losses["l1"].requires_grad
+    assert MSEObjective.discriminator is None and not MSEObjective.trains_discriminator
