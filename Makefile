@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SOURCES := $(shell find csrc petite_fast -type f -not -name '*.so' -not -path '*/__pycache__/*')
 BUILD := setup.py pyproject.toml CMakeLists.txt MANIFEST.in constraints.txt
 
-.PHONY: demo test bench gpu-check lint clean
+.PHONY: demo test test-peft bench gpu-check lint clean
 
 # The commands and what they need.
 demo: $(VENV)/app
@@ -14,6 +14,11 @@ demo: $(VENV)/app
 # Against the installed package, not the source tree. Builds of their own come last, alone.
 test: $(VENV)/dev
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# The tests with Hugging Face PEFT, against its oldest release that is supported.
+test-peft: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/peft-0.18 peft==0.18.1
+	PYTHONPATH=$(VENV)/peft-0.18 $(BIN)/pytest python_tests/peft/test_hugging_face.py python_tests/peft/test_hugging_face_options.py
 
 bench: $(VENV)/dev
 	$(BIN)/python bench/run.py --suite all

@@ -13,7 +13,7 @@ from petite_fast.models.checkpoints import (
     save_network,
 )
 from petite_fast.models.cvtgan import CVTGANDiscriminator, CVTGANGenerator
-from petite_fast.models.published import identify
+from petite_fast.models.published import identify, load_published_adapter
 
 if TYPE_CHECKING:
     from petite_fast.models.unetr import UNETR
@@ -27,6 +27,7 @@ __all__ = [
     "identify",
     "load_network",
     "load_published",
+    "load_published_adapter",
     "save_network",
 ]
 

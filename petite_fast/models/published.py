@@ -7,6 +7,7 @@ Pickles are read with torch's weights-only reader: code in a file is refused, no
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import warnings
@@ -16,9 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from petite_fast.errors import InputError
+from petite_fast.peft import PeftModel, published_adapter
 
 Network = Literal["cvtgan", "unetr"]
 Kind = Literal["generator", "discriminator"]
@@ -88,6 +90,27 @@ def read_published(path: Path) -> tuple[Network, dict[Kind, Mapping[str, Any]]]:
         what = "both a CVT-GAN network and a UNETR" if networks else "no CVT-GAN network or UNETR"
         raise InputError(f"{path} holds {what}: expected one of the two")
     return networks.pop(), {kind: tensors for (_, kind), tensors in found.items()}
+
+
+def load_published_adapter(
+    net: nn.Module, path: str | os.PathLike[str], kind: Kind = "generator", lora_alpha: float = 16
+) -> PeftModel:
+    """Adapt `net` with the fine-tuned tensors of a published .pt file; see `published_adapter`.
+
+    Args:
+        net: the base network that the file was tuned from; adapted in place.
+        path: the file.
+        kind: "generator" (CVT-GAN's, or a UNETR) or "discriminator".
+        lora_alpha: of the published run, which the file does not say.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds code; it has no tensors of such a
+            network, or tensors that have no equivalent here.
+    """
+    network, found = read_published(Path(path))
+    if kind not in found:
+        raise InputError(f"{path} holds no {kind} of {network}")
+    return published_adapter(net, found[kind], lora_alpha=lora_alpha)
 
 
 def _unpickle(path: Path) -> Any:

@@ -13,15 +13,28 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_quick_start_runs(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def _run(code: str, folder: Path) -> str:
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stderr
-    assert "trainable params" in run.stdout
-    assert "bytes kept" in run.stdout
+    return run.stdout
+
+
+def test_quick_start_runs(tmp_path: Path) -> None:
+    out = _run(EXAMPLES[0], tmp_path)
+    assert "trainable params" in out and "bytes kept" in out
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_any_network_runs(tmp_path: Path) -> None:
+    pytest.importorskip("monai")
+    assert len(EXAMPLES) == 2
+    _run(EXAMPLES[1], tmp_path)
+    assert (tmp_path / "adapters/siemens/adapter_model.safetensors").is_file()
 
 
 COMMANDS = sorted({line for line in README.splitlines() if line.startswith("petite-fast ")})

@@ -15,8 +15,7 @@ from torch import nn
 
 from petite_fast import LoraConfig, MixConfig, PeftModel, SSFConfig, get_peft_model
 from petite_fast.errors import InputError
-from petite_fast.models import CVTGANDiscriminator
-from petite_fast.models.published import read_published
+from petite_fast.models import CVTGANDiscriminator, load_published_adapter
 from petite_fast.peft.published import published_adapter
 
 pytest.importorskip("monai")
@@ -147,9 +146,9 @@ def test_lora_with_biases_and_its_file(tmp_path):
     assert isinstance(config.encoder, LoraConfig) and isinstance(config.decoder, LoraConfig)
 
     torch.save({"best_acc": [np.float64(1)], "state_dict_G": state}, tmp_path / "final_1_2.pt")
-    network, found = read_published(tmp_path / "final_1_2.pt")
-    assert network == "cvtgan"
-    again = published_adapter(base("cvtgan"), found["generator"])
+    again = load_published_adapter(base("cvtgan"), tmp_path / "final_1_2.pt")
+    with pytest.raises(InputError, match="holds no discriminator of cvtgan"):
+        load_published_adapter(base("cvtgan"), tmp_path / "final_1_2.pt", "discriminator")
     x = inputs("cvtgan", batch=1)
     assert torch.equal(run(again, x), run(model, x))
     model.save_pretrained(tmp_path / "ours")
