@@ -38,7 +38,9 @@ _ARCHITECTURES = "dynamic_network_architectures.architectures"
 _KNOWN: dict[str, Parts] = {
     "monai.networks.nets.unetr.UNETR": Parts(
         # encoder1 to encoder4 are convolutions beside the ViT, which is the published encoder.
-        encoder=r"vit(\.|$)", decoder=r"(encoder|decoder)\d|out\.", unused=_CROSS_ATTENTION
+        encoder=r"vit(\.|$)",
+        decoder=r"(encoder|decoder)\d|out\.",
+        unused=_CROSS_ATTENTION,
     ),
     "monai.networks.nets.swin_unetr.SwinUNETR": Parts(
         encoder=r"swinViT|encoder\d", decoder=r"decoder\d|out\."
