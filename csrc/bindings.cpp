@@ -1,5 +1,8 @@
-// The only file that knows Python. It turns integers into plain structs, checks them (a wrong
-// argument is a ValueError) and calls the operator without the interpreter lock.
+// The module. This file and bindings_*.cpp are the only ones that know Python. They turn integers
+// into plain structs, check them (a wrong argument is a ValueError) and call the operator without
+// the interpreter lock.
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/compress.h"
 #include "common/conv_geometry.h"
 #include "common/effective_weight.h"
 #include "cpu/isa.h"
@@ -24,32 +28,6 @@ namespace petite_fast {
 namespace {
 
 using Triple = std::array<int64_t, 3>;
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw py::value_error(message);
-}
-
-std::string got(int64_t value) { return ", got " + std::to_string(value); }
-
-// A dense tensor as Python passes it: address, element-type code, number of elements. The address 0
-// means absent.
-using Operand = std::tuple<uintptr_t, int, int64_t>;
-
-bool present(const Operand& operand) { return std::get<0>(operand) != 0; }
-
-void* data_of(const Operand& operand) { return reinterpret_cast<void*>(std::get<0>(operand)); }
-
-DType dtype_of(const Operand& operand) { return static_cast<DType>(std::get<1>(operand)); }
-
-// A wrong shape must end here, not as a read past the end of a tensor.
-void check_operand(const char* name, const Operand& operand, int64_t elements) {
-  const std::string prefix = std::string(name) + ": ";
-  const int code = std::get<1>(operand);
-  require(code >= 0 && code < kDTypeCount, prefix + "dtype code must be 0 to 3" + got(code));
-  require(
-      !present(operand) || std::get<2>(operand) == elements,
-      prefix + "must have " + std::to_string(elements) + " elements" + got(std::get<2>(operand)));
-}
 
 void copy_triple(const Triple& source, int64_t* target) {
   for (int i = 0; i < 3; ++i) target[i] = source[i];
@@ -188,6 +166,53 @@ void bind_effective_weight(py::module_& m, py::module_& testing) {
       "The CUDA kernel's phases on the host, with blocks of `threads` virtual threads.");
 }
 
+// The memory of one quantised tensor. `values` says how many elements there are.
+void check_compressed(const Operand& values, uintptr_t codes, int64_t code_count, uintptr_t scales,
+                      int64_t scale_count, int threads) {
+  const int64_t count = std::get<2>(values);
+  require(present(values) && codes != 0 && scales != 0 && count > 0,
+          "values, codes and scales must not be null or empty");
+  check_operand("values", values, count);
+  require(dtype_of(values) != DType::kFloat64, "values: float64 has no 8-bit form");
+  const int64_t blocks = block_count(count);
+  require(
+      code_count == blocks * kCompressBlock,
+      "codes: must have " + std::to_string(blocks * kCompressBlock) + " bytes" + got(code_count));
+  require(scale_count == blocks,
+          "scales: must have " + std::to_string(blocks) + " elements" + got(scale_count));
+  require(threads > 0, "threads must be positive" + got(threads));
+}
+
+void bind_compress(py::module_& m) {
+  m.def(
+      "quantise",
+      [](const Operand& values, uintptr_t codes, int64_t code_count, uintptr_t scales,
+         int64_t scale_count, const std::array<uint32_t, 2>& keys, int threads) {
+        check_compressed(values, codes, code_count, scales, scale_count, threads);
+        QuantiseParams p{data_of(values),
+                         dtype_of(values),
+                         std::get<2>(values),
+                         reinterpret_cast<int8_t*>(codes),
+                         reinterpret_cast<float*>(scales),
+                         {keys[0], keys[1]}};
+        py::gil_scoped_release release;
+        quantise(p, threads);
+      },
+      "8-bit codes and block scales of a dense tensor on the CPU.");
+  m.def(
+      "dequantise",
+      [](uintptr_t codes, int64_t code_count, uintptr_t scales, int64_t scale_count,
+         const Operand& values, int threads) {
+        check_compressed(values, codes, code_count, scales, scale_count, threads);
+        DequantiseParams p{reinterpret_cast<const int8_t*>(codes),
+                           reinterpret_cast<const float*>(scales), data_of(values),
+                           dtype_of(values), std::get<2>(values)};
+        py::gil_scoped_release release;
+        dequantise(p, threads);
+      },
+      "The values that `quantise` stored, rounded once to the dtype of `values`.");
+}
+
 // The index and conversion functions that host and device share, for the tests.
 void bind_testing(py::module_& testing) {
   testing.def("output_size", [](const Triple& input, const Triple& kernel, const Triple& stride,
@@ -252,5 +277,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("build_info", &petite_fast::build_info);
   m.def("set_isa", &petite_fast::set_isa, "Choose the CPU instruction set by name.");
   petite_fast::bind_effective_weight(m, testing);
+  petite_fast::bind_compress(m);
+  petite_fast::bind_norm_act(m);
   petite_fast::bind_testing(testing);
 }

@@ -1,13 +1,23 @@
 // CPU operators: one implementation per instruction set, and the function that picks one.
 #pragma once
 
+#include "common/compress.h"
 #include "common/effective_weight.h"
+#include "common/norm_act.h"
 
 namespace petite_fast {
 
 #define PF_DECLARE_CPU_OPS(isa)                                       \
   namespace isa {                                                     \
   void effective_weight(const EffectiveWeightParams& p, int threads); \
+  void quantise(const QuantiseParams& p, int threads);                \
+  void dequantise(const DequantiseParams& p, int threads);            \
+  void norm_act(const NormActForward& p, int threads);                \
+  void norm_act_last(const NormActForward& p, int threads);           \
+  void norm_act_backward(const NormActBackward& p, int threads);      \
+  void norm_act_last_backward(const NormActBackward& p, int threads); \
+  void pack_signs(const SignRows& p, int threads);                    \
+  void unpack_signs(const SignRows& p, int threads);                  \
   }
 
 PF_DECLARE_CPU_OPS(baseline)
@@ -16,6 +26,12 @@ PF_DECLARE_CPU_OPS(avx512)
 #undef PF_DECLARE_CPU_OPS
 
 void effective_weight(const EffectiveWeightParams& p, int threads);
+void quantise(const QuantiseParams& p, int threads);
+void dequantise(const DequantiseParams& p, int threads);
+void norm_act(const NormActForward& p, int threads);
+void norm_act_backward(const NormActBackward& p, int threads);
+void pack_signs(const SignRows& p, int threads);
+void unpack_signs(const SignRows& p, int threads);
 
 // Runs the phases of the CUDA kernel on the host, block by block with `threads` virtual threads.
 void emulate_effective_weight(const EffectiveWeightParams& p, int threads);

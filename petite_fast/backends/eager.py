@@ -12,6 +12,13 @@ from collections.abc import Sequence
 
 import torch
 
+from petite_fast.backends.eager_compress import dequantise as dequantise
+from petite_fast.backends.eager_compress import quantise as quantise
+from petite_fast.backends.eager_norm_act import norm_act as norm_act
+from petite_fast.backends.eager_norm_act import norm_act_backward as norm_act_backward
+from petite_fast.backends.eager_norm_act import pack_signs as pack_signs
+from petite_fast.backends.eager_norm_act import unpack_signs as unpack_signs
+
 ONEDNN_ELEMENTS = 20480  # PyTorch asks N*C*D*H of the input to exceed this before it takes oneDNN
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from petite_fast.models.cvt import LEAKY_SLOPE, TransformerStage
+from petite_fast.ops import concatenate
 
 
 def _conv_unit(in_channels: int, out_channels: int, *, stride: int = 1) -> list[nn.Module]:
@@ -178,11 +178,11 @@ class CVTGANGenerator(nn.Module):
         en2 = self.encoder_layer2_down(en1)
         en3 = self.encoder_layer3_down(en2)
         de0 = self.decoder_layer1_up(self.decoder_layer1(en3) + self.resup1(en3))
-        skip = torch.cat([en2, de0], 1)
+        skip = concatenate([en2, de0])
         de1 = self.decoder_layer2_up(self.decoder_layer2(skip) + self.resup2(skip))
-        skip = torch.cat([en1, de1], 1)
+        skip = concatenate([en1, de1])
         de2 = self.decoder_layer3_up(self.decoder_layer3(skip) + self.resup3(skip))
-        return self.decoder_layer4(torch.cat([en0, de2], 1)) + x
+        return self.decoder_layer4(concatenate([en0, de2])) + x
 
 
 class CVTGANDiscriminator(nn.Module):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from petite_fast.ops import bottleneck
-from petite_fast.ops.bottleneck import ACTIVATIONS
+from petite_fast.ops.bottleneck import ACTIVATIONS, bottleneck
 
 
 class BottleneckAdapter(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 
-from petite_fast.ops import adapted_conv
+from petite_fast.ops.adapted_conv import adapted_conv
 
 _Conv = TypeVar("_Conv", bound=nn.Conv3d | nn.ConvTranspose3d)
 _Module = TypeVar("_Module", bound=nn.Module)

@@ -17,7 +17,8 @@ from petite_fast.nn.frozen import (
 )
 from petite_fast.nn.lora_base import LoRALayer, Pair
 from petite_fast.nn.per_sample import effective_weights, grouped_conv, low_rank_linear
-from petite_fast.ops import adapted_conv, adapted_linear
+from petite_fast.ops.adapted_conv import adapted_conv
+from petite_fast.ops.adapted_linear import adapted_linear
 
 __all__ = ["LoRAConv3d", "LoRAConvTranspose3d", "LoRALayer", "LoRALinear"]
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petite_fast.ops import adapted_conv, adapted_linear
 from petite_fast.ops.adapted import compute_dtype
+from petite_fast.ops.adapted_conv import adapted_conv
+from petite_fast.ops.adapted_linear import adapted_linear
 from petite_fast.ops.library import below_autocast
 
 

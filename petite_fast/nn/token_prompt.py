@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from petite_fast.nn.twin import Twin
+
 
 class TokenPrompt(nn.Module):
     """t learned tokens P in front of the patch tokens X of a transformer (VPT).
@@ -145,37 +147,14 @@ def _rest(block: Any, x: Tensor, y: Tensor) -> Tensor:
     return x + block.mlp(block.norm2(x))
 
 
-class _Prompted:
+class _PromptedTwin(Twin):
     """In front of the class of a ViT: its forward, with prompts."""
-
-    _vit_class: type[nn.Module]
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """[B, C0, X, Y, Z] -> (tokens [B, N, C], hidden states), patch tokens only."""
         vit = cast(Any, self)
         tokens, hidden = vit.prompt(vit.patch_embedding(x), vit.blocks)
         return vit.norm(tokens), hidden
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time; pickle and copy find it again through the base class.
-        reduced = super().__reduce_ex__(max(2, int(protocol)))
-        return (_new, (type(self)._vit_class,), *reduced[2:])
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _prompted_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The one class that is both _Prompted and `base`."""
-    if base not in _CLASSES:
-        name = f"Prompted{base.__name__}"
-        _CLASSES[base] = type(name, (_Prompted, base), {"_vit_class": base})
-    return _CLASSES[base]
-
-
-def _new(base: type[nn.Module]) -> nn.Module:
-    cls = _prompted_class(base)
-    return cls.__new__(cls)
 
 
 def make_prompt_for(
@@ -222,9 +201,9 @@ def convert_(vit: nn.Module, prompt: TokenPrompt) -> None:
     Raises:
         ValueError: `vit` has prompts already.
     """
-    if isinstance(vit, _Prompted):
+    if isinstance(vit, _PromptedTwin):
         raise ValueError("vit has token prompts already: release_ takes them out")
-    vit.__class__ = _prompted_class(type(vit))
+    _PromptedTwin.become_(vit)
     vit.prompt = prompt
 
 
@@ -235,9 +214,9 @@ def release_(vit: nn.Module) -> TokenPrompt:
         ValueError: `vit` has no token prompts.
     """
     net = cast(Any, vit)
-    if not isinstance(vit, _Prompted):
+    if not isinstance(vit, _PromptedTwin):
         raise ValueError(f"vit has no token prompts, got a {type(vit).__name__}")
     prompt: TokenPrompt = net.prompt
     del net.prompt
-    net.__class__ = type(net)._vit_class
+    vit.leave_()
     return prompt

@@ -2,21 +2,35 @@
 
 import torch
 
+from petite_fast.ops.activation import masked_activation
 from petite_fast.ops.adapted_conv import adapted_conv
 from petite_fast.ops.adapted_linear import adapted_linear
+from petite_fast.ops.bits import pack_signs, unpack_signs
 from petite_fast.ops.bottleneck import bottleneck
+from petite_fast.ops.compress import dequantise, quantise, storage
 from petite_fast.ops.library import effective_weight as _effective_weight
 from petite_fast.ops.memory import saved_bytes
+from petite_fast.ops.norm_act import norm_act
+from petite_fast.ops.remade import concatenate, recomputed
 from petite_fast.ops.scale_shift import frozen_batch_norm, scale_shift
 
 __all__ = [
     "adapted_conv",
     "adapted_linear",
     "bottleneck",
+    "concatenate",
+    "dequantise",
     "effective_weight",
     "frozen_batch_norm",
+    "masked_activation",
+    "norm_act",
+    "pack_signs",
+    "recomputed",
+    "quantise",
     "saved_bytes",
     "scale_shift",
+    "storage",
+    "unpack_signs",
 ]
 
 

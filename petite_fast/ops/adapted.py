@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from petite_fast.backends.eager import scale_outputs
-from petite_fast.ops import library
+from petite_fast.ops import library, remade
 from petite_fast.ops.library import below_autocast, first_order
 
 # dgamma is read off the output as sum dy (y - beta) / gamma only where that division is harmless.
@@ -178,7 +178,7 @@ def _readable_from_output(gamma: torch.Tensor | None, beta: torch.Tensor | None)
 
 
 class _Adapted(torch.autograd.Function):
-    """Keeps what `Plan` says and the parameters; rebuilds W_eff in backward."""
+    """Keeps what `Plan` says, as `remade.keep` keeps it, and the parameters; rebuilds W_eff."""
 
     @staticmethod
     def forward(
@@ -194,15 +194,17 @@ class _Adapted(torch.autograd.Function):
     ) -> torch.Tensor:
         y = below_autocast(_run)(x, weight, bias, lora_A, lora_B, gamma, beta, settings)
         keep = settings.plan.keep
-        kept = None
+        kept: tuple[torch.Tensor | None, ...] = (None,)
+        ctx.record = None
         if keep == "t" and lora_A is not None:
-            kept = settings.map.low_rank_input(x, lora_A.to(settings.dtype))
+            t = settings.map.low_rank_input(x, lora_A.to(settings.dtype))
+            kept, ctx.record = remade.keep(t)
         elif keep != "nothing":
-            kept = x if keep == "x" else y
+            kept, ctx.record = remade.keep(x if keep == "x" else y)
         ctx.settings = settings
         ctx.x_size = x.shape
         # bias and beta are read only for grad_gamma; everything kept here is a parameter or `kept`.
-        ctx.save_for_backward(kept, weight, bias, lora_A, lora_B, gamma, beta)
+        ctx.save_for_backward(*kept, weight, bias, lora_A, lora_B, gamma, beta)
         return y
 
     @staticmethod
@@ -247,14 +249,16 @@ def _build_weight(
 def _gradients(grad_y: torch.Tensor, ctx: Any) -> tuple[torch.Tensor | None, ...]:
     settings: Settings = ctx.settings
     map_, scale, dtype, plan = settings
-    kept, weight, bias, lora_A, lora_B, gamma, beta = ctx.saved_tensors
+    *saved, weight, bias, lora_A, lora_B, gamma, beta = ctx.saved_tensors
     need_x, need_w, need_b, need_a, need_B, need_gamma, need_beta = ctx.needs_input_grad[:7]
     grad_x = grad_w = grad_b = grad_a = grad_B = grad_gamma = grad_beta = None
 
     if need_x:
         w_eff = _build_weight(settings, weight, lora_A, lora_B, gamma)
         grad_x = map_.grad_input(grad_y, w_eff, ctx.x_size)
+        del w_eff
 
+    kept: Any = None if plan.keep == "nothing" else remade.restore(saved, ctx.record)
     if need_b or need_beta or need_gamma:
         total = map_.grad_bias(grad_y)
         if need_beta:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
+from petite_fast.ops import compress
 from petite_fast.ops.adapted import compute_dtype
 from petite_fast.ops.library import below_autocast, first_order
 
@@ -25,8 +26,9 @@ def bottleneck(
 ) -> torch.Tensor:
     """y = x + Wu act(Wd x + bd) + bu on the channel axis.
 
-    Keeps x; the hidden layer (H channels) is computed again in backward. A contiguous volume is
-    multiplied as it lies, N matrices [C, voxels]; one in channels-last memory is tokens.
+    Keeps x; the hidden layer (H channels) is computed again in backward. With x kept in 8 bits
+    (`storage`) grad_x is approximate too, as act' is taken at the rounded x. A contiguous volume
+    is multiplied as it lies, N matrices [C, voxels]; one in channels-last memory is tokens.
 
     Args:
         x: [..., C], or [N, C, ...] with ``channel_dim=1``.
@@ -67,11 +69,12 @@ def bottleneck(
         layout = f"[..., {channels}]" if channel_dim == -1 else f"[N, {channels}, ...]"
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted {layout}")
     dtype = compute_dtype(x, down_weight)
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     channels_last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
     if channel_dim == 1 and (x.dim() == 2 or channels_last):
-        y = _Bottleneck.apply(x.movedim(1, -1), *tensors[1:], activation, False, dtype)
+        y = _Bottleneck.apply(x.movedim(1, -1), *tensors[1:], activation, False, dtype, trains)
         return y.movedim(-1, 1)
-    return _Bottleneck.apply(*tensors, activation, channel_dim == 1, dtype)
+    return _Bottleneck.apply(*tensors, activation, channel_dim == 1, dtype, trains)
 
 
 class _Bottleneck(torch.autograd.Function):
@@ -86,9 +89,12 @@ class _Bottleneck(torch.autograd.Function):
         activation: str,
         volumes: bool,
         dtype: torch.dtype,
+        trains: bool,
     ) -> torch.Tensor:
         ctx.activation, ctx.volumes, ctx.dtype = activation, volumes, dtype
-        ctx.save_for_backward(x, down_weight, down_bias, up_weight, up_bias)
+        if trains:
+            kept, ctx.packing = compress.keep(x)
+            ctx.save_for_backward(*kept, down_weight, down_bias, up_weight, up_bias)
         return below_autocast(_forward)(
             x, down_weight, down_bias, up_weight, up_bias, activation, volumes, dtype
         )
@@ -150,7 +156,8 @@ def _forward(
 
 
 def _gradients(grad_y: torch.Tensor, ctx: Any) -> tuple[torch.Tensor | None, ...]:
-    x, down_weight, down_bias, up_weight, up_bias = ctx.saved_tensors
+    first, second, down_weight, down_bias, up_weight, up_bias = ctx.saved_tensors
+    x = compress.restore((first, second), ctx.packing)
     volumes, dtype = ctx.volumes, ctx.dtype
     values, grad = _matrix(x, volumes, dtype), _matrix(grad_y, volumes, dtype)
     inner = _linear(values, down_weight.to(dtype), down_bias.to(dtype))
@@ -168,6 +175,7 @@ def _gradients(grad_y: torch.Tensor, ctx: Any) -> tuple[torch.Tensor | None, ...
         _total(grad_inner).to(down_bias.dtype),
         _outer(grad, hidden).to(up_weight.dtype),
         _total(grad).to(up_bias.dtype),
+        None,
         None,
         None,
         None,

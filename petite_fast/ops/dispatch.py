@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from petite_fast import settings
-from petite_fast.backends import eager, native
+from petite_fast.backends import eager, native, native_compress, native_norm_act, triton
 
 Predicate = Callable[..., tuple[bool, str]]
 
@@ -18,6 +18,26 @@ logger = logging.getLogger("petite_fast")
 _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
     "effective_weight": [
         ("native", native.can_run_effective_weight, native.effective_weight),
+    ],
+    "quantise": [
+        ("triton", triton.can_run_quantise, triton.quantise),
+        ("native", native_compress.can_run_quantise, native_compress.quantise),
+    ],
+    "dequantise": [
+        ("triton", triton.can_run_dequantise, triton.dequantise),
+        ("native", native_compress.can_run_dequantise, native_compress.dequantise),
+    ],
+    "norm_act": [
+        ("native", native_norm_act.can_run_norm_act, native_norm_act.norm_act),
+    ],
+    "norm_act_backward": [
+        ("native", native_norm_act.can_run_norm_act_backward, native_norm_act.norm_act_backward),
+    ],
+    "pack_signs": [
+        ("native", native_norm_act.can_run_pack_signs, native_norm_act.pack_signs),
+    ],
+    "unpack_signs": [
+        ("native", native_norm_act.can_run_unpack_signs, native_norm_act.unpack_signs),
     ],
 }
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from petite_fast.backends import eager
+from petite_fast.backends import eager, eager_norm_act
+from petite_fast.backends.eager_compress import BLOCK, block_count
 from petite_fast.ops import dispatch
 from petite_fast.ops.geometry import make_geometry
 
@@ -38,25 +39,27 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A Function's backward that refuses create_graph=True instead of dropping terms silently."""
 
     @functools.wraps(backward)
-    def run(ctx: Any, grad_y: torch.Tensor) -> Any:
+    def run(ctx: Any, *grads: torch.Tensor) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "petite_fast ops are differentiable once: got a backward with create_graph=True,"
                 " wanted create_graph=False (petite_fast.ops.reference has differentiable twins)"
             )
-        return backward(ctx, grad_y)
+        return backward(ctx, *grads)
 
     return run
 
 
-def _define(name: str, schema: str, fake: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+def _define(
+    name: str, schema: str, fake: Callable[..., Any], returns: str = "Tensor"
+) -> Callable[..., Any]:
     """Register one op; return its Python entry point."""
 
-    def implementation(*args: Any) -> torch.Tensor:
+    def implementation(*args: Any) -> Any:
         return dispatch.choose(name, *args)(*args)
 
     _library.define(
-        f"{name}({schema}) -> Tensor",
+        f"{name}({schema}) -> {returns}",
         tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
     )
     _library.impl(name, below_autocast(implementation), "CompositeExplicitAutograd")
@@ -109,6 +112,22 @@ def _fake_conv_grad_weight(
     return x.new_empty(tuple(weight_size))
 
 
+def _fake_quantise(x: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = block_count(x.numel())
+    codes = x.new_empty(blocks * BLOCK, dtype=torch.int8)
+    return codes, x.new_empty(blocks, dtype=torch.float32)
+
+
+def _fake_dequantise(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return torch.empty_strided(tuple(size), tuple(stride), dtype=dtype, device=codes.device)
+
+
 effective_weight = _define(
     "effective_weight",
     "Tensor weight, Tensor? lora_A, Tensor? lora_B, float scale, Tensor? gamma, int groups,"
@@ -131,4 +150,85 @@ conv_grad_weight = _define(
     "conv_grad_weight",
     f"Tensor grad_y, Tensor x, SymInt[] weight_size, {_CONV}, int groups",
     _fake_conv_grad_weight,
+)
+# x is dense; the seed is a number on the CPU, a tensor only so that a compiled graph can draw it.
+quantise = _define("quantise", "Tensor x, Tensor seed", _fake_quantise, "(Tensor, Tensor)")
+dequantise = _define(
+    "dequantise",
+    "Tensor codes, Tensor scales, SymInt[] size, SymInt[] stride, ScalarType dtype",
+    _fake_dequantise,
+)
+
+
+def _fake_norm_act(
+    x: torch.Tensor, *args: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    unsafe, norm, groups, _, _, _, _, keep_xhat, keep_sign, dtype = args[6:]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    channels_last = eager_norm_act.is_channels_last(x, norm)
+    statistics = eager_norm_act.statistics_count(x.shape, norm, groups)
+    kept = x.new_empty(0, dtype=dtype)
+    if keep_xhat:
+        kept = torch.empty_like(x, dtype=dtype)
+    elif unsafe is not None:
+        size = list(x.shape)
+        size[eager_norm_act.channel_axis(norm)] = unsafe.shape[0]
+        kept = eager_norm_act.in_layout(x.new_empty(size, dtype=dtype), channels_last)
+    signs = eager_norm_act.sign_size(x.shape, norm, channels_last) if keep_sign else (0,)
+    return (
+        torch.empty_like(x, dtype=dtype),
+        x.new_empty(statistics, dtype=wide),
+        x.new_empty(statistics, dtype=wide),
+        kept,
+        x.new_empty(signs, dtype=torch.uint8),
+    )
+
+
+def _fake_norm_act_backward(
+    grad_y: torch.Tensor, *args: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    slope, norm, wants, dtype = args[8], args[10], args[17], args[18]
+    wide = torch.promote_types(grad_y.dtype, torch.float32)
+    channels = grad_y.shape[eager_norm_act.channel_axis(norm)]
+    sizes = [channels, channels, 0 if slope is None else slope.shape[0]]
+    empty = grad_y.new_empty(0, dtype=wide)
+    grads = [
+        grad_y.new_empty(n, dtype=wide) if want else torch.empty_like(empty)
+        for n, want in zip(sizes, wants[2:], strict=True)
+    ]
+    return (
+        torch.empty_like(grad_y, dtype=dtype) if wants[0] else torch.empty_like(empty),
+        torch.empty_like(grad_y) if wants[1] else torch.empty_like(empty),
+        grads[0],
+        grads[1],
+        grads[2],
+    )
+
+
+_NORM = "str norm, int groups, float eps, str activation, float slope_value, bool act_first"
+norm_act = _define(
+    "norm_act",
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? slope,"
+    f" Tensor? residual, Tensor? unsafe, {_NORM}, bool keep_xhat, bool keep_sign,"
+    " ScalarType dtype",
+    _fake_norm_act,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+norm_act_backward = _define(
+    "norm_act_backward",
+    "Tensor grad_y, Tensor? kept, Tensor? xhat, Tensor? sign, Tensor? residual, Tensor? mean,"
+    f" Tensor? var, Tensor? weight, Tensor? bias, Tensor? slope, Tensor? unsafe, {_NORM},"
+    " str source, bool[] wants, ScalarType dtype",
+    _fake_norm_act_backward,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+pack_signs = _define(
+    "pack_signs",
+    "Tensor x",
+    lambda x: x.new_empty((*x.shape[:-1], (x.shape[-1] + 7) // 8), dtype=torch.uint8),
+)
+unpack_signs = _define(
+    "unpack_signs",
+    "Tensor bits, SymInt size",
+    lambda bits, size: bits.new_empty((*bits.shape[:-1], size), dtype=torch.bool),
 )

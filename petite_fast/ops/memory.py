@@ -15,7 +15,8 @@ def saved_bytes(fn: Callable[[], Any]) -> int:
     `fn` runs a forward (and may return the loss or any nest of tensors). Counted are all tensors
     saved for backward, and tensors that a custom Function hides as attributes of its context,
     which the saved-tensor hooks do not see. A view counts with its whole storage; a storage
-    counts once however often it is saved. Deterministic, and the same on every device.
+    counts once however often it is saved. Deterministic, and the same on every device, the meta
+    device (and fake tensors) included, where nothing is allocated.
 
     Args:
         fn: no arguments; what it returns is walked for the graph behind it.
@@ -23,24 +24,40 @@ def saved_bytes(fn: Callable[[], Any]) -> int:
     Returns:
         Bytes.
     """
+    _, storages = saved_storages(fn)
+    return sum(storage.nbytes() for storage in storages)
+
+
+def saved_storages(fn: Callable[[], Any]) -> tuple[Any, list[torch.UntypedStorage]]:
+    """What ``fn()`` returns, and the storages that `saved_bytes` counts."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.layout is torch.strided and tensor.device.type != "meta":
+        if tensor.layout is torch.strided:
             storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage
+            storages[storage_key(storage)] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = fn()
     for tensor in _hidden_tensors(result):
         keep(tensor)
+    # A parameter may be a fake tensor, which says so itself: hence both checks.
     parameters = {
-        thing.untyped_storage().data_ptr()
+        storage_key(thing.untyped_storage())
         for thing in gc.get_objects()
-        if issubclass(type(thing), torch.nn.Parameter) and thing.layout is torch.strided
+        if issubclass(type(thing), torch.Tensor)
+        and isinstance(thing, torch.nn.Parameter)
+        and thing.layout is torch.strided
     }
-    return sum(s.nbytes() for address, s in storages.items() if address not in parameters)
+    kept = [s for key, s in storages.items() if key not in parameters]
+    storages.clear()  # the graph holds the hook, and with it this dict
+    return result, kept
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """What tells a live storage from all others: its address, or the object's without memory."""
+    return storage._cdata if storage.device.type == "meta" else storage.data_ptr()
 
 
 def _hidden_tensors(result: Any) -> Iterator[torch.Tensor]:

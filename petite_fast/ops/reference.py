@@ -100,6 +100,18 @@ def adapted_linear(
     return F.linear(x, w, effective_bias(bias, gamma, beta))
 
 
+def quantise(x: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes floor(127 x / scale + u) and scales max |x|, per block; x contiguous.
+
+    `uniform` has one number for every element of the blocks, [blocks, 256].
+    """
+    blocks, length = uniform.shape
+    rows = F.pad(x.flatten(), (0, blocks * length - x.numel())).view(blocks, length)
+    scales = rows.abs().amax(1)
+    levels = 127 * rows / scales.where(scales > 0, 1.0).unsqueeze(1)
+    return (levels + uniform).floor().clamp(-127, 127).flatten(), scales
+
+
 def scale_shift(
     x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, channel_dim: int = 1
 ) -> torch.Tensor:
@@ -123,3 +135,57 @@ def bottleneck(
     hidden = F.linear(tokens, down_weight, down_bias)
     hidden = F.gelu(hidden) if activation == "gelu" else F.relu(hidden)
     return x + F.linear(hidden, up_weight, up_bias).movedim(-1, channel_dim)
+
+
+def norm_act(
+    x: torch.Tensor,
+    norm: str,
+    *,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    groups: int = 1,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "identity",
+    slope: float | torch.Tensor = 0.01,
+    order: str = "norm_act",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = act(norm(x) + residual) or norm(act(x)); arguments as in `petite_fast.ops.norm_act`."""
+    axis = -1 if norm == "layer" else 1
+
+    def channels(vector: torch.Tensor) -> torch.Tensor:
+        shape = [1] * x.dim()
+        shape[axis] = -1
+        return vector.view(shape)
+
+    def act(x: torch.Tensor) -> torch.Tensor:
+        if activation == "gelu":
+            return x * 0.5 * (1 + torch.erf(x * 0.5**0.5))
+        if activation == "prelu" and isinstance(slope, torch.Tensor):
+            return torch.where(x > 0, x, x * channels(slope))
+        factor = {"identity": 1.0, "relu": 0.0}.get(activation, slope)
+        return torch.where(x > 0, x, x * factor)
+
+    if order == "act_norm":
+        x = act(x)
+    grouped = x.unflatten(1, (groups, -1)) if norm == "group" else x
+    axes = {"layer": [-1], "batch": [d for d in range(x.dim()) if d != 1]}
+    over = axes.get(norm, list(range(2, grouped.dim())))
+    if norm == "batch" and not training and running_mean is not None and running_var is not None:
+        mean, var = channels(running_mean), channels(running_var)
+    else:
+        mean = grouped.mean(over, keepdim=True)
+        var = (grouped - mean).square().mean(over, keepdim=True)
+        if running_mean is not None and running_var is not None:
+            count = x.numel() // x.shape[1]
+            for running, new in ((running_mean, mean), (running_var, var * count / (count - 1))):
+                running.copy_((1 - momentum) * running + momentum * new.detach().flatten())
+    y = ((grouped - mean) / (var + eps).sqrt()).reshape(x.shape)
+    y = y if weight is None else y * channels(weight)
+    y = y if bias is None else y + channels(bias)
+    y = y if residual is None else y + residual
+    return y if order == "act_norm" else act(y)

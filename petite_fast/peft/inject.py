@@ -9,24 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 
 from petite_fast.errors import InputError
 from petite_fast.nn.adapted import AdaptedLayer
 from petite_fast.nn.adapter import BottleneckAdapter
-from petite_fast.nn.frozen import FrozenConv3d, FrozenConvTranspose3d, freeze
-from petite_fast.nn.norm import FrozenBatchNorm3d
+from petite_fast.nn.frozen import freeze
+from petite_fast.peft import lean
 from petite_fast.peft.config import AnyConfig, BitFitConfig, MixConfig
 from petite_fast.peft.match import Scope
 from petite_fast.peft.methods import Site, find_sites
 from petite_fast.peft.methods.lora import LoraSite
 from petite_fast.peft.methods.prompt import takes_prompts
-
-_TWINS: dict[type[nn.Module], Any] = {
-    cls.torch_class: cls for cls in (FrozenConv3d, FrozenConvTranspose3d, FrozenBatchNorm3d)
-}
 
 
 @dataclass
@@ -34,8 +30,10 @@ class Injection:
     """What has changed, and what it takes to change it back."""
 
     sites: list[Site]
+    layers: list[str]
+    """Layers that became lean."""
     twins: list[str]
-    """Frozen layers that became lean."""
+    """Modules that got a lean `Twin` in front."""
     tensors: list[str]
     """Everything that belongs to an adapter: trained parameters of the base, adapter tensors."""
     aliases: dict[str, list[str]]
@@ -98,8 +96,8 @@ def _half(whole: Scope, config: MixConfig, side: str) -> Scope:
     return Scope(whole.net, whole.parts, re.compile(pattern), f" in the {side}")
 
 
-def carry_out(net: nn.Module, plan: list[Site]) -> Injection:
-    """Freeze `net`, adapt what `plan` names, make every other frozen layer lean."""
+def carry_out(net: nn.Module, plan: list[Site], memory: lean.Memory = "exact") -> Injection:
+    """Freeze `net`, adapt what `plan` names, make everything else lean."""
     requires_grad = {
         name: p.requires_grad for name, p in net.named_parameters(remove_duplicate=False)
     }
@@ -109,16 +107,14 @@ def carry_out(net: nn.Module, plan: list[Site]) -> Injection:
     for site in plan:
         if site.name not in requires_grad:
             site.put_in(net)
-    twins = []
-    for name, module in net.named_modules():
-        if name and type(module) in _TWINS and _can_be_lean(module):
-            _TWINS[type(module)].convert_(module)
-            twins.append(name)
+    frozen = lean.freeze_layers(net)
     for site in plan:
         if site.name in requires_grad:
             site.put_in(net)
+    layers, twins = lean.make_lean(net, memory)
     return Injection(
         plan,
+        frozen + layers,
         twins,
         [name for site in plan for name in site.tensors(net)],
         {key: others for site in plan for key, others in site.aliases().items() if others},
@@ -135,12 +131,9 @@ def take_out(net: nn.Module, injection: Injection, merge: bool) -> None:
         merge: fold what can be folded into the weights and leave the rest (prompts, bottleneck
             adapters), frozen; False drops everything.
     """
+    lean.undo(net, injection.layers, injection.twins)
     for site in reversed(injection.sites):
         site.take_out(net, merge)
-    for name in injection.twins:
-        twin = net.get_submodule(name)
-        twin.__class__ = twin.torch_class  # type: ignore[assignment]
-        twin.training = net.training
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(injection.requires_grad.get(name, False))
 
@@ -149,10 +142,3 @@ def has_adapter(module: nn.Module) -> bool:
     """Whether this very module holds an adapter of any kind."""
     has_prompt = takes_prompts(module) and getattr(module, "prompt", None) is not None
     return has_prompt or isinstance(module, (AdaptedLayer, BottleneckAdapter))
-
-
-def _can_be_lean(module: nn.Module) -> bool:
-    """A norm without running statistics cannot; nor a weight that a hook computes."""
-    if isinstance(module, nn.BatchNorm3d):
-        return module.running_mean is not None and module.running_var is not None
-    return "weight" in module._parameters

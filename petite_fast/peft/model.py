@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from petite_fast.nn.twin import Twin
 from petite_fast.peft import io
 from petite_fast.peft.config import AnyConfig
 from petite_fast.peft.inject import (
@@ -23,6 +24,7 @@ from petite_fast.peft.inject import (
     take_out,
     tensor,
 )
+from petite_fast.peft.lean import MEMORY, Memory
 from petite_fast.peft.methods import Site
 from petite_fast.peft.methods.lora import LoraSite
 from petite_fast.peft.mixed import mixed_batch
@@ -46,7 +48,7 @@ class _State:
     """Whether what can be folded into the weights is, for now."""
 
 
-class PeftModel(nn.Module):
+class PeftModel(Twin):
     """An adapted network: its own class with these methods in front. Made by `get_peft_model`.
 
     The network is changed in place and stays an instance of its class, with the same module names
@@ -59,7 +61,7 @@ class PeftModel(nn.Module):
     """
 
     _peft: _State
-    _peft_base: type[nn.Module]
+    twin_prefix = "Peft"
 
     @classmethod
     def from_pretrained(
@@ -144,7 +146,7 @@ class PeftModel(nn.Module):
         """
         self._require_enabled("load_adapter")
         file = io.read_adapter(directory)
-        io.check_base(file, self._peft_base.__name__, self.base_sha256())
+        io.check_base(file, self.original().__name__, self.base_sha256())
         io.check_settings(file, self._peft.config, self)
         values = io.network_values(file, self, self._tensors())
         if name == self._peft.active:
@@ -280,7 +282,7 @@ class PeftModel(nn.Module):
             self._peft.config,
             self,
             self._tensors(),
-            (self._peft_base.__name__, self.base_sha256()),
+            (self.original().__name__, self.base_sha256()),
             metadata,
         )
 
@@ -309,11 +311,6 @@ class PeftModel(nn.Module):
                 module.eval()
         return self
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time; pickle and copy find it again through the base class.
-        reduced = super().__reduce_ex__(max(2, int(protocol)))
-        return (_new, (type(self)._peft_base,), *reduced[2:])
-
     def _tensors(self) -> dict[str, Tensor]:
         """The adapter's tensors in the network."""
         return {name: tensor(self, name) for name in self._peft.injection.tensors}
@@ -324,10 +321,11 @@ class PeftModel(nn.Module):
                 live.copy_(values[name])
 
     def _leave(self, merge: bool) -> nn.Module:
-        take_out(self, self._peft.injection, merge)
+        injection = self._peft.injection
         del self._peft
-        self.__class__ = type(self)._peft_base  # type: ignore[assignment]
-        return self
+        net = self.leave_()
+        take_out(net, injection, merge)
+        return net
 
     def _exchange(self, name: str, parameter: nn.Parameter) -> None:
         """Put another Parameter object in the place of one, wherever that is."""
@@ -346,33 +344,47 @@ class PeftModel(nn.Module):
             raise ValueError(f"name: got {name!r}, wanted one of {sorted(self.peft_config)}")
 
 
-def get_peft_model(net: nn.Module, config: AnyConfig, adapter_name: str = "default") -> PeftModel:
+def get_peft_model(
+    net: nn.Module,
+    config: AnyConfig,
+    adapter_name: str = "default",
+    *,
+    memory: Memory = "exact",
+) -> PeftModel:
     """Adapt `net` in place and return it.
 
-    Everything is frozen; the targets of `config` get adapters; every other frozen convolution and
-    3-D BatchNorm becomes its lean twin, the same layer that keeps no activation. The network starts
-    as the one it was, with norms in evaluation mode: the same sums, which may round differently in
-    the last bit where a lean layer takes a faster kernel or another memory layout than torch's.
+    Everything is frozen; the targets of `config` get adapters; every other layer becomes its lean
+    twin where it has one: frozen convolutions and batch norms keep nothing for backward, a norm and
+    the activation next to it one tensor, an MLP its input. The network starts as the one it was,
+    with norms in evaluation mode: the same sums, which may round differently in the last bit where
+    a lean layer takes a faster kernel or another memory layout than torch's.
 
     Args:
         net: any module; it stays an instance of its class.
         config: the config of one method (`petite_fast.peft.config`), or a MixConfig.
         adapter_name: name of the adapter.
+        memory: what is kept between forward and backward. "exact" gives exact gradients; "int8"
+            keeps the same tensors in 8 bits, stochastically rounded, so gradients are noisy;
+            "checkpoint" computes every stage of the network again in backward
+            (torch.utils.checkpoint).
 
     Raises:
         InputError: targets that match nothing, or that the method cannot adapt.
-        ValueError: `net` has adapters already.
+        ValueError: `net` has adapters already, or `memory` is something else.
         TypeError: `net` is not a module, or is compiled or wrapped: adapt it before.
     """
     _require_bare(net)
-    return _adapt(net, config, make_plan(net, config), adapter_name)
+    if memory not in MEMORY:
+        raise ValueError(f"memory: got {memory!r}, wanted one of {MEMORY}")
+    return _adapt(net, config, make_plan(net, config), adapter_name, memory)
 
 
-def _adapt(net: nn.Module, config: AnyConfig, plan: list[Site], name: str) -> PeftModel:
-    injection = carry_out(net, plan)
+def _adapt(
+    net: nn.Module, config: AnyConfig, plan: list[Site], name: str, memory: Memory = "exact"
+) -> PeftModel:
+    injection = carry_out(net, plan, memory)
     initial = {key: tensor(net, key).detach().clone() for key in injection.tensors}
-    net.__class__ = _adapted_class(type(net))
-    model = cast(PeftModel, net)
+    model = cast(PeftModel, PeftModel.become_(net))
     model._peft = _State(config, injection, name, initial)
     return model.train(model.training)
 
@@ -392,18 +404,3 @@ def _require_bare(net: nn.Module) -> None:
             f"{type(net).__name__} has adapters already: load_adapter and add_adapter put another "
             "into it, and a merged network keeps its prompts"
         )
-
-
-_CLASSES: dict[type[nn.Module], type[PeftModel]] = {}
-
-
-def _adapted_class(base: type[nn.Module]) -> type[PeftModel]:
-    """The one class that is both PeftModel and `base`."""
-    if base not in _CLASSES:
-        _CLASSES[base] = type(f"Peft{base.__name__}", (PeftModel, base), {"_peft_base": base})
-    return _CLASSES[base]
-
-
-def _new(base: type[nn.Module]) -> PeftModel:
-    cls = _adapted_class(base)
-    return cls.__new__(cls)

@@ -1,0 +1,47 @@
+// What the bindings share: how a tensor comes from Python, and how a wrong one ends.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <tuple>
+
+#include "common/dtype.h"
+
+namespace petite_fast {
+
+namespace py = pybind11;
+
+inline void require(bool condition, const std::string& message) {
+  if (!condition) throw py::value_error(message);
+}
+
+inline std::string got(int64_t value) { return ", got " + std::to_string(value); }
+
+// A dense tensor as Python passes it: address, element-type code, number of elements. The address 0
+// means absent.
+using Operand = std::tuple<uintptr_t, int, int64_t>;
+
+inline bool present(const Operand& operand) { return std::get<0>(operand) != 0; }
+
+inline void* data_of(const Operand& operand) {
+  return reinterpret_cast<void*>(std::get<0>(operand));
+}
+
+inline DType dtype_of(const Operand& operand) { return static_cast<DType>(std::get<1>(operand)); }
+
+// A wrong shape must end here, not as a read past the end of a tensor.
+inline void check_operand(const char* name, const Operand& operand, int64_t elements) {
+  const std::string prefix = std::string(name) + ": ";
+  const int code = std::get<1>(operand);
+  require(code >= 0 && code < kDTypeCount, prefix + "dtype code must be 0 to 3" + got(code));
+  require(
+      !present(operand) || std::get<2>(operand) == elements,
+      prefix + "must have " + std::to_string(elements) + " elements" + got(std::get<2>(operand)));
+}
+
+// bindings_norm_act.cpp
+void bind_norm_act(py::module_& m);
+
+}  // namespace petite_fast

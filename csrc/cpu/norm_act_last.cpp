@@ -1,0 +1,174 @@
+// CPU form of common/norm_act.h where channels are last: a layer norm (statistics per row), and the
+// instance and fixed-statistics norms of channels-last volumes (statistics per column). Compiled
+// once per instruction set, each into its own namespace PF_ISA.
+#include "cpu/norm_act_last.h"
+
+#include <algorithm>
+
+#include "cpu/ops.h"
+
+namespace petite_fast {
+namespace PF_ISA {
+namespace {
+
+void pack_rows(const float* v, int64_t rows, int64_t channels, uint8_t* bits) {
+  if (channels % 8 == 0) return pack_row(v, rows * channels, bits);
+  const int64_t bytes = norm_divide_up(channels, 8);
+  for (int64_t r = 0; r < rows; ++r) pack_row(v + r * channels, channels, bits + r * bytes);
+}
+
+// The input of the norm: x, or act(x) in `buffer`.
+const float* norm_input(const NormActForward& p, const Coefficients& c, int64_t row, int64_t rows,
+                        uint8_t* signs, float* buffer) {
+  const NormActShape& s = p.shape;
+  const int64_t count = rows * s.channels;
+  const float* x = stage(p.x, s.dtype, row * s.channels, count, buffer);
+  if (!s.act_first) return x;
+  if (signs != nullptr) pack_rows(x, rows, s.channels, signs);
+  activate(x, count, PerElement(c.slope), buffer);
+  return buffer;
+}
+
+uint8_t* signs_of_row(const NormActForward& p, int64_t row) {
+  return p.signs == nullptr ? nullptr : p.signs + row * sign_row_bytes(p.shape);
+}
+
+template <typename Statistic>
+void write_rows(const NormActForward& p, const Coefficients& c, int64_t row, int64_t rows,
+                const float* x, Statistic mean, Statistic rstd) {
+  const NormActShape& s = p.shape;
+  const int64_t count = rows * s.channels, at = row * s.channels;
+  alignas(64) float buffer[kRoom], residual_buffer[kRoom];
+  if (p.xhat != nullptr && p.kept.count == 0) {
+    float* xhat = target(p.xhat, s.dtype, at, buffer);
+    for (int64_t i = 0; i < count; ++i) xhat[i] = (x[i] - mean[i]) * rstd[i];
+    commit(xhat, p.xhat, s.dtype, at, count);
+  } else if (p.xhat != nullptr) {
+    float* xhat = buffer;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < p.kept.count; ++j) {
+        const int64_t i = r * s.channels + p.kept.index[j];
+        *xhat++ = (x[i] - mean[i]) * rstd[i];
+      }
+    }
+    commit(buffer, p.xhat, s.dtype, row * p.kept.count, rows * p.kept.count);
+  }
+  const float* residual =
+      p.residual == nullptr ? nullptr : stage(p.residual, s.dtype, at, count, residual_buffer);
+  float* y = target(p.y, s.dtype, at, buffer);
+  normalise(x, residual, count, mean, rstd, PerElement(c.weight), PerElement(c.bias), y);
+  if (!s.act_first && !is_identity(p.affine)) {
+    if (p.signs != nullptr) pack_rows(y, rows, s.channels, signs_of_row(p, row));
+    activate(y, count, PerElement(c.slope), y);
+  }
+  commit(y, p.y, s.dtype, at, count);
+}
+
+void layer_unit(const NormActForward& p, const Coefficients& c, int64_t index) {
+  const NormActShape& s = p.shape;
+  const UnitRows unit(s, index);
+  alignas(64) float buffer[kRoom];
+  for (int64_t row = unit.begin; row < unit.end; ++row) {
+    const float* x = norm_input(p, c, row, 1, signs_of_row(p, row), buffer);
+    const float channels = static_cast<float>(s.channels);
+    const float mean = sum(x, s.channels) / channels;
+    const float var = sum_of_squares(x, s.channels, mean) / channels;
+    p.mean[row] = mean;
+    p.var[row] = var;
+    write_rows(p, c, row, 1, x, Uniform{mean}, Uniform{reciprocal_std(var, s.eps)});
+  }
+}
+
+// Mean and squares of every column of a unit, tile by tile, into its part of the workspace.
+void column_moments(const NormActForward& p, const Coefficients& c, int64_t index) {
+  const NormActShape& s = p.shape;
+  const UnitRows unit(s, index);
+  double* __restrict mean = p.workspace + index * 2 * s.channels;
+  double* __restrict squares = mean + s.channels;
+  std::fill_n(mean, 2 * s.channels, 0.0);
+  alignas(64) float buffer[kRoom], tile_mean[kRoom], tile_squares[kRoom];
+  double seen = 0;
+  for (int64_t row = unit.begin; row < unit.end; row += tile_rows(s)) {
+    const int64_t rows = std::min(tile_rows(s), unit.end - row);
+    const float* x = norm_input(p, c, row, rows, nullptr, buffer);
+    std::fill_n(tile_mean, s.channels, 0.0f);
+    std::fill_n(tile_squares, s.channels, 0.0f);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* values = x + r * s.channels;
+      for (int64_t i = 0; i < s.channels; ++i) tile_mean[i] += values[i];
+    }
+    for (int64_t i = 0; i < s.channels; ++i) tile_mean[i] /= static_cast<float>(rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* values = x + r * s.channels;
+      for (int64_t i = 0; i < s.channels; ++i) {
+        const float difference = values[i] - tile_mean[i];
+        tile_squares[i] += difference * difference;
+      }
+    }
+    // As Moments::merge, one column per lane.
+    const double added = static_cast<double>(rows), total = seen + added;
+    for (int64_t i = 0; i < s.channels; ++i) {
+      const double delta = static_cast<double>(tile_mean[i]) - mean[i];
+      mean[i] += delta * (added / total);
+      squares[i] += static_cast<double>(tile_squares[i]) + delta * delta * (seen * added / total);
+    }
+    seen = total;
+  }
+}
+
+void combine_columns(const NormActForward& p) {
+  const NormActShape& s = p.shape;
+  const int64_t units = unit_count(s);
+  for (int64_t k = 0; k < s.outer * s.channels; ++k) {
+    Moments moments;
+    for (int64_t u = 0; u < units; ++u) {
+      const int64_t index = k / s.channels * units + u;
+      const UnitRows unit(s, index);
+      const double* mean = p.workspace + index * 2 * s.channels + k % s.channels;
+      moments.merge(static_cast<double>(unit.end - unit.begin), mean[0], mean[s.channels]);
+    }
+    p.mean[k] = static_cast<float>(moments.mean);
+    p.var[k] = static_cast<float>(moments.squares / moments.count);
+  }
+}
+
+void column_unit(const NormActForward& p, ColumnStatistics& c, int64_t index) {
+  const NormActShape& s = p.shape;
+  const UnitRows unit(s, index);
+  if (c.sample != unit.sample) {
+    c.sample = unit.sample;
+    const int64_t at = s.norm == Norm::kFixed ? 0 : unit.sample * s.channels;
+    const int64_t rows = tile_rows(s);
+    c.mean.fill(s.channels, rows, [&](int64_t i) { return p.mean[at + i]; });
+    c.rstd.fill(s.channels, rows, [&](int64_t i) { return reciprocal_std(p.var[at + i], s.eps); });
+  }
+  alignas(64) float buffer[kRoom];
+  for (int64_t row = unit.begin; row < unit.end; row += tile_rows(s)) {
+    const int64_t rows = std::min(tile_rows(s), unit.end - row);
+    const float* x = norm_input(p, c.coefficients, row, rows, signs_of_row(p, row), buffer);
+    write_rows(p, c.coefficients, row, rows, x, PerElement(c.mean), PerElement(c.rstd));
+  }
+}
+
+}  // namespace
+
+void norm_act_last(const NormActForward& p, int threads) {
+  const NormActShape& s = p.shape;
+  const auto coefficients = [&p] { return Coefficients(p.shape, p.affine, p.kept); };
+  if (s.norm == Norm::kLayer) {
+    over_units(s, threads, coefficients,
+               [&p](const Coefficients& c, int64_t unit) { layer_unit(p, c, unit); });
+    return;
+  }
+  if (s.norm != Norm::kFixed) {
+    over_units(s, threads, coefficients,
+               [&p](const Coefficients& c, int64_t unit) { column_moments(p, c, unit); });
+    combine_columns(p);
+  }
+  over_units(
+      s, threads, [&p] { return ColumnStatistics(p.shape, p.affine, p.kept); },
+      [&p](ColumnStatistics& c, int64_t unit) { column_unit(p, c, unit); });
+}
+
+}  // namespace PF_ISA
+}  // namespace petite_fast

@@ -1,0 +1,215 @@
+"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled ahead of time."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from petite_fast.backends import eager_compress
+from petite_fast.backends import triton as backend
+
+triton = pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
+compiler = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KINDS = ["plain", "zero", "tiny", "denormal", "nan", "inf"]
+
+
+def run_python(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter, away from the checkout: it sees the package that is installed."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**environment, **variables},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+@compiler
+def test_in_the_interpreter(tmp_path: Path) -> None:
+    run = run_python(
+        tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error::RuntimeWarning",
+        "-k", "interpreted", __file__, TRITON_INTERPRET="1",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout and "skipped" not in run.stdout, run.stdout
+
+
+def draw(count: int, dtype: torch.dtype, kind: str) -> torch.Tensor:
+    """Random values with one block of a special kind."""
+    x = torch.randn(count, generator=torch.Generator().manual_seed(count)) * 10
+    if kind == "zero":
+        x[:256] = 0
+    elif kind == "tiny":
+        x *= 2.0**-100
+    elif kind == "denormal":
+        x[:256] *= 2.0**-142
+    elif kind != "plain":
+        x[count // 2] = float(kind)
+    return x.to(dtype)
+
+
+@interpreter
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_interpreted_same_bits_as_eager(dtype: torch.dtype, kind: str) -> None:
+    from petite_fast.backends.triton import compress
+
+    for count in (1, 255, 257, 256 * 9 + 40):
+        x = draw(count, dtype, kind)
+        for seed in (0, 2**33 + 5, 2**63 - 1):
+            codes, scales = compress.quantise(x, torch.tensor(seed))
+            wanted_codes, wanted_scales = eager_compress.quantise(x, torch.tensor(seed))
+            assert torch.equal(codes, wanted_codes)
+            assert torch.equal(scales.view(torch.int32), wanted_scales.view(torch.int32))
+        ours = compress.dequantise(codes, scales, x.shape, x.stride(), dtype)
+        theirs = eager_compress.dequantise(codes, scales, x.shape, x.stride(), dtype)
+        if dtype == torch.bfloat16:
+            # The interpreter cuts bits off where a GPU rounds (test_compiled looks for that).
+            theirs = eager_compress.dequantise(codes, scales, x.shape, x.stride(), torch.float32)
+            theirs = ((theirs.view(torch.int32) >> 16) << 16).view(torch.float32).to(dtype)
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.nan_to_num(0), theirs.nan_to_num(0))
+
+
+@interpreter
+def test_interpreted_other_memory_formats() -> None:
+    from petite_fast.backends.triton import compress
+
+    x = draw(2 * 6 * 5 * 4 * 9, torch.float32, "plain").view(2, 6, 5, 4, 9)
+    for y in (x.to(memory_format=torch.channels_last_3d), x[1:]):
+        codes, scales = compress.quantise(y, torch.tensor(1))
+        assert torch.equal(codes, eager_compress.quantise(y, torch.tensor(1))[0])
+        restored = compress.dequantise(codes, scales, y.shape, y.stride(), y.dtype)
+        assert restored.stride() == y.stride()
+        assert (restored - y).abs().max() <= y.abs().max() / 127
+
+
+def compiled(name: str, dtype: str, capability: int) -> Any:
+    """A kernel for a GPU that is not there, with the hints that a launch on 16 n elements gives."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from petite_fast.backends.triton import compress
+
+    signature = {
+        "quantise": {
+            "x": f"*{dtype}", "codes": "*i8", "scales": "*fp32", "key0": "i32", "key1": "i32",
+            "count": "i32",
+        },
+        "dequantise": {"codes": "*i8", "scales": "*fp32", "out": f"*{dtype}", "count": "i32"},
+    }[name]  # fmt: skip
+    aligned = [
+        (place,)
+        for place, (argument, kind) in enumerate(signature.items())
+        if kind.startswith("*") or argument == "count"
+    ]
+    source = ASTSource(
+        fn=getattr(compress, f"{name}_kernel"),
+        signature={**signature, "ROWS": "constexpr"},
+        constexprs={"ROWS": compress.ROWS},
+        attrs={place: [["tt.divisibility", 16]] for place in aligned},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=compress.OPTIONS)
+
+
+@compiler
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", ["quantise", "dequantise"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled(name: str, dtype: str, capability: int, tmp_path: Path) -> None:
+    import triton.backends.nvidia
+
+    kernel = compiled(name, dtype, capability)
+    ptx = kernel.asm["ptx"]
+    assert f".target sm_{capability}" in ptx
+    # Bit by bit the others' arithmetic: true division, no flush to zero, nothing fused.
+    assert "ftz" not in ptx and "fma" not in ptx and "div.full" not in ptx
+    assert ("div.rn.f32" in ptx) == (name == "quantise")
+    if name == "dequantise" and dtype != "fp32":
+        assert re.search(rf"cvt\.rn\.{dtype.replace('fp', 'f')}", ptx)
+    # Sixteen bytes at a time, but for the scales.
+    accesses = set(re.findall(r"(?:ld|st)\.global\S*", ptx))
+    scales = "st.global.b32" if name == "quantise" else "ld.global.b32"
+    assert accesses == {"ld.global.v4.b32", "st.global.v4.b32", scales}
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    usage = subprocess.run(
+        [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    assert re.search(r"STACK:0 .*LOCAL:0 ", usage), usage  # no spills
+    assert int(re.search(r"REG:(\d+)", usage)[1]) <= 64  # type: ignore[index]
+
+
+@compiler
+def test_triton_is_not_loaded_before_it_is_needed(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import petite_fast\n"
+        "from petite_fast.ops import dequantise, quantise\n"
+        "codes, scales = quantise(torch.ones(300), 1)\n"
+        "assert (dequantise(codes, scales, (300,)) == 1).all()\n"
+        "print('triton' in set(sys.modules) - before)\n"
+    )
+    run = run_python(tmp_path, "-c", code)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "False"
+
+
+@compiler
+def test_forced_on_a_cpu_tensor_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from petite_fast.ops import quantise
+
+    monkeypatch.setenv("PETITE_FAST_BACKEND", "triton")
+    reason = "quantise: backend 'triton' was forced and cannot run: no kernel for device 'cpu'"
+    with pytest.raises(RuntimeError, match=reason):
+        quantise(torch.ones(300), 1)
+
+
+@compiler
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend.available.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert backend.available(0) == (False, "compute capability 7.5, the kernels need 8.0 or more")
+    backend.available.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert backend.available(0) == (True, "")
+    backend.available.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    possible, reason = backend.available(0)
+    assert not possible and reason.startswith("triton does not load: ")
+    backend.available.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_same_bits_as_eager(dtype: torch.dtype, kind: str) -> None:
+    for count in (1, 255, 257, 4096 * 300 + 7):
+        x, seed = draw(count, dtype, kind), torch.tensor(2**40 + 3)
+        moved = x.cuda()
+        possible, reason = backend.can_run_quantise(moved, seed)
+        if not possible:
+            pytest.skip(reason)
+        codes, scales = backend.quantise(moved, seed)
+        wanted_codes, wanted_scales = eager_compress.quantise(x, seed)
+        assert torch.equal(codes.cpu(), wanted_codes)
+        assert torch.equal(scales.cpu().nan_to_num(-1), wanted_scales.nan_to_num(-1))
+        ours = backend.dequantise(codes, scales, x.shape, x.stride(), dtype)
+        theirs = eager_compress.dequantise(wanted_codes, wanted_scales, x.shape, x.stride(), dtype)
+        assert torch.equal(ours.cpu().isnan(), theirs.isnan())
+        assert torch.equal(ours.cpu().nan_to_num(0), theirs.nan_to_num(0))
