@@ -21,24 +21,37 @@ from petite_fast.training.options import (
     Adapter,
     Base,
     Batch,
+    BudgetOption,
+    ChosenBatch,
     Data,
     Denominator,
     ExportFormat,
     Fold,
+    ListedNetwork,
+    ListRecipes,
+    MemoryMode,
+    MemoryOf,
+    MemoryOption,
     NetworkName,
     NormalisationOption,
     Out,
     PatchSize,
     Precision,
     PrecisionOption,
+    Prompts,
     Rate,
+    Recipe,
     Resume,
     SaveEvery,
     Seed,
     Split,
+    StepPatch,
     Steps,
+    Widths,
     device_name,
+    memory_budget,
     numbers,
+    size_in_bytes,
     train_settings,
     training_data,
 )
@@ -108,13 +121,7 @@ def pretrain(
     lr: Rate = 1e-3,
     precision: PrecisionOption = Precision.full,
     seed: Seed = 42,
-    widths: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,C,D",
-            help="CVT-GAN: channels of the four resolutions; default: 64,128,256,512.",
-        ),
-    ] = None,  # fmt: skip
+    widths: Widths = None,
     normalisation: NormalisationOption = None,
     save_every: SaveEvery = 100,
     resume: Resume = "auto",
@@ -138,34 +145,25 @@ def pretrain(
         "finetune --base runs/base --data data/63/dataset.json --fold 0 --out runs/63",
         "finetune --base runs/base --data data/63/dataset.json --recipe full --out runs/63-full",
         "finetune --base runs/base --data data/63/dataset.json --recipe vpt+ssf --out runs/63-mix",
+        "finetune --base runs/base --data data/63/dataset.json --budget 8GiB --out runs/63",
     )
 )
 def finetune(
     base: Base,
     data: Data,
     out: Out,
-    recipe: Annotated[
-        str,
-        typer.Option(
-            help="What trains: petite, full, one method, or ENCODER+DECODER; "
-            "petite-fast info --recipes lists them."
-        ),
-    ] = "petite",  # fmt: skip
+    recipe: Recipe = "petite",
     fold: Fold = None,
     steps: Steps = 900,
-    batch: Batch = 8,
+    batch: ChosenBatch = None,
     patch: PatchSize = None,
     lr: Rate = 1e-3,
     precision: PrecisionOption = Precision.full,
     seed: Seed = 42,
     rank: Annotated[int, typer.Option(help="LoRA rank; lora_alpha is twice that.")] = 8,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,C",
-            help="Prompts of the encoder's stages; default: 0,8,32 (CVT-GAN) or 50 (UNETR).",
-        ),
-    ] = None,  # fmt: skip
+    prompts: Prompts = None,
+    memory: MemoryOption = MemoryMode.exact,
+    budget: BudgetOption = None,
     normalisation: NormalisationOption = None,
     save_every: SaveEvery = 100,
     resume: Resume = "auto",
@@ -180,6 +178,8 @@ def finetune(
         recipe=recipe,
         rank=rank,
         num_prompts=numbers("--prompts", prompts) if prompts else None,
+        memory=memory.value,
+        budget=memory_budget(budget, batch),
     )
     _print_report(report, f"{'network' if recipe == 'full' else 'adapter'}: {out}")
 
@@ -294,26 +294,36 @@ def export(
     epilog=_examples(
         "info",
         "info --recipes --network unetr",
+        "info --memory cvtgan --patch 96,96,96 --batch 2 --recipe petite",
+        "info --memory unetr --recipe lora --memory-mode int8 --budget 8GiB",
     )
 )
 def info(
-    recipes: Annotated[
-        bool, typer.Option("--recipes", help="List the recipes and what they train instead.")
-    ] = False,
-    network: Annotated[
-        NetworkName | None, typer.Option(help="With --recipes: this network's only.")
-    ] = None,
+    recipes: ListRecipes = False,
+    network: ListedNetwork = None,
+    memory: MemoryOf = None,
+    patch: StepPatch = "64,64,64",
+    batch: Batch = 2,
+    recipe: Recipe = "petite",
+    memory_mode: MemoryOption = MemoryMode.exact,
+    budget: BudgetOption = None,
 ) -> None:
     """Versions, the native build, devices, and why a backend is not there."""
-    from petite_fast.training.about import describe, recipe_sizes
-    from petite_fast.training.tables import recipe_table
+    from petite_fast.training import about
+    from petite_fast.training.tables import memory_table, recipe_table
 
+    if memory is not None:
+        step = about.MemoryQuestion(memory.value, recipe, batch, memory_mode.value)
+        _out.print(memory_table(step.title, step.estimate(numbers("--patch", patch, 3))))
+        if budget is not None:
+            _say(step.largest(size_in_bytes("--budget", budget)))
+        return
     if not recipes:
-        for name, value in describe().items():
+        for name, value in about.describe().items():
             _say(f"{name:<16} {value}")
         return
     for each in [network] if network else list(NetworkName):
-        _out.print(recipe_table(each.value, recipe_sizes(each.value)))
+        _out.print(recipe_table(each.value, about.recipe_sizes(each.value)))
 
 
 @app.command(

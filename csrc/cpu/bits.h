@@ -14,7 +14,7 @@ namespace PF_ISA {
 
 // The signs of eight elements.
 static inline uint8_t sign_byte(const float* v) {
-#if defined(__AVX__)
+#if defined(__AVX2__)
   return static_cast<uint8_t>(
       _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(v), _mm256_setzero_ps(), _CMP_GT_OQ)));
 #elif defined(__SSE2__)

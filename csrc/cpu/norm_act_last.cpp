@@ -35,10 +35,10 @@ uint8_t* signs_of_row(const NormActForward& p, int64_t row) {
 
 template <typename Statistic>
 void write_rows(const NormActForward& p, const Coefficients& c, int64_t row, int64_t rows,
-                const float* x, Statistic mean, Statistic rstd) {
+                const float* x, Statistic mean, Statistic rstd, Tiles<2>& b) {
   const NormActShape& s = p.shape;
   const int64_t count = rows * s.channels, at = row * s.channels;
-  alignas(64) float buffer[kRoom], residual_buffer[kRoom];
+  float *buffer = b[0], *residual_buffer = b[1];
   if (p.xhat != nullptr && p.kept.count == 0) {
     float* xhat = target(p.xhat, s.dtype, at, buffer);
     for (int64_t i = 0; i < count; ++i) xhat[i] = (x[i] - mean[i]) * rstd[i];
@@ -67,15 +67,16 @@ void write_rows(const NormActForward& p, const Coefficients& c, int64_t row, int
 void layer_unit(const NormActForward& p, const Coefficients& c, int64_t index) {
   const NormActShape& s = p.shape;
   const UnitRows unit(s, index);
-  alignas(64) float buffer[kRoom];
+  Tiles<1> x_tile(s);
+  Tiles<2> tiles(s);
   for (int64_t row = unit.begin; row < unit.end; ++row) {
-    const float* x = norm_input(p, c, row, 1, signs_of_row(p, row), buffer);
+    const float* x = norm_input(p, c, row, 1, signs_of_row(p, row), x_tile[0]);
     const float channels = static_cast<float>(s.channels);
     const float mean = sum(x, s.channels) / channels;
     const float var = sum_of_squares(x, s.channels, mean) / channels;
     p.mean[row] = mean;
     p.var[row] = var;
-    write_rows(p, c, row, 1, x, Uniform{mean}, Uniform{reciprocal_std(var, s.eps)});
+    write_rows(p, c, row, 1, x, Uniform{mean}, Uniform{reciprocal_std(var, s.eps)}, tiles);
   }
 }
 
@@ -138,15 +139,15 @@ void column_unit(const NormActForward& p, ColumnStatistics& c, int64_t index) {
   if (c.sample != unit.sample) {
     c.sample = unit.sample;
     const int64_t at = s.norm == Norm::kFixed ? 0 : unit.sample * s.channels;
-    const int64_t rows = tile_rows(s);
-    c.mean.fill(s.channels, rows, [&](int64_t i) { return p.mean[at + i]; });
-    c.rstd.fill(s.channels, rows, [&](int64_t i) { return reciprocal_std(p.var[at + i], s.eps); });
+    c.mean.fill(s, [&](int64_t i) { return p.mean[at + i]; });
+    c.rstd.fill(s, [&](int64_t i) { return reciprocal_std(p.var[at + i], s.eps); });
   }
-  alignas(64) float buffer[kRoom];
+  Tiles<1> x_tile(s);
+  Tiles<2> tiles(s);
   for (int64_t row = unit.begin; row < unit.end; row += tile_rows(s)) {
     const int64_t rows = std::min(tile_rows(s), unit.end - row);
-    const float* x = norm_input(p, c.coefficients, row, rows, signs_of_row(p, row), buffer);
-    write_rows(p, c.coefficients, row, rows, x, PerElement(c.mean), PerElement(c.rstd));
+    const float* x = norm_input(p, c.coefficients, row, rows, signs_of_row(p, row), x_tile[0]);
+    write_rows(p, c.coefficients, row, rows, x, PerElement(c.mean), PerElement(c.rstd), tiles);
   }
 }
 

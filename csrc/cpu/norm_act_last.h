@@ -17,30 +17,48 @@ namespace {
 constexpr int64_t kTile = 2048;
 constexpr int64_t kRoom = kNormMaxChannels + kLanes;
 
+inline int64_t tile_rows(const NormActShape& s) {
+  return s.norm == Norm::kLayer ? 1 : std::max<int64_t>(1, kTile / s.channels);
+}
+
+// kCount tiles side by side. They are no further apart than they must be: at a fixed distance of a
+// whole number of pages they would fight for the same lines of the first-level cache.
+template <int kCount>
+class Tiles {
+ public:
+  explicit Tiles(const NormActShape& s) : length_(tile_rows(s) * s.channels) {}
+  Tiles(const Tiles&) = delete;
+
+  float* operator[](int i) { return memory_ + i * (length_ + 2 * kLanes) / kLanes * kLanes; }
+
+ private:
+  int64_t length_;
+  alignas(64) float memory_[kCount * (kRoom + kLanes)];
+};
+
 // One number per channel, repeated, with a vector's length of zeros behind the last.
 struct Repeated {
-  alignas(64) float values[kRoom];
+  float* values;
   operator PerElement() const { return PerElement{values}; }
 
   template <typename Value>
-  void fill(int64_t channels, int64_t rows, const Value& value) {
+  void fill(const NormActShape& s, const Value& value) {
+    const int64_t channels = s.channels, rows = tile_rows(s);
     for (int64_t c = 0; c < channels; ++c) values[c] = value(c);
     for (int64_t r = 1; r < rows; ++r) std::copy_n(values, channels, values + r * channels);
     std::fill_n(values + rows * channels, kLanes, 0.0f);
   }
 };
 
-inline int64_t tile_rows(const NormActShape& s) {
-  return s.norm == Norm::kLayer ? 1 : std::max<int64_t>(1, kTile / s.channels);
-}
-
 struct Coefficients {
-  Repeated weight, inverse_weight, bias, slope, inverse_slope;
+  Tiles<5> memory;
+  Repeated weight{memory[0]}, inverse_weight{memory[1]}, bias{memory[2]};
+  Repeated slope{memory[3]}, inverse_slope{memory[4]};
 
-  Coefficients(const NormActShape& s, const NormActAffine& a, const KeptChannels& kept) {
+  Coefficients(const NormActShape& s, const NormActAffine& a, const KeptChannels& kept)
+      : memory(s) {
     const auto fill = [&](Repeated& target, float ChannelValues::* member) {
-      target.fill(s.channels, tile_rows(s),
-                  [&](int64_t c) { return ChannelValues(a, kept, c).*member; });
+      target.fill(s, [&](int64_t c) { return ChannelValues(a, kept, c).*member; });
     };
     fill(weight, &ChannelValues::weight);
     fill(inverse_weight, &ChannelValues::inverse_weight);
@@ -78,11 +96,12 @@ void over_units(const NormActShape& s, int threads, const MakeState& make_state,
 // What belongs to the columns of the sample that a thread is at.
 struct ColumnStatistics {
   Coefficients coefficients;
-  Repeated mean, rstd, first, second;
+  Tiles<4> memory;
+  Repeated mean{memory[0]}, rstd{memory[1]}, first{memory[2]}, second{memory[3]};
   int64_t sample = -1;
 
   ColumnStatistics(const NormActShape& s, const NormActAffine& a, const KeptChannels& kept)
-      : coefficients(s, a, kept) {}
+      : coefficients(s, a, kept), memory(s) {}
 };
 
 }  // namespace

@@ -8,9 +8,7 @@ namespace petite_fast {
 namespace PF_ISA {
 namespace {
 
-struct Buffers {
-  alignas(64) float values[5][kRoom];
-};
+using Buffers = Tiles<5>;
 
 void apply_sign_rows(const uint8_t* bits, int64_t rows, int64_t channels, PerElement slope,
                      float* v) {
@@ -33,10 +31,9 @@ struct Recovered {
 };
 
 Recovered recover_rows(const NormActBackward& p, const Coefficients& c, int64_t row, int64_t rows,
-                       Buffers& buffers) {
+                       Buffers& b) {
   const NormActShape& s = p.shape;
   const int64_t count = rows * s.channels, at = row * s.channels;
-  auto& b = buffers.values;
   // With the activation first, y is n and grad_y is grad_n.
   const bool bends = !s.act_first && !is_identity(p.affine);
   const float* grad_y = stage(p.grad_y, s.dtype, at, count, b[0]);
@@ -141,8 +138,8 @@ class ColumnSums {
 void layer_unit(const NormActBackward& p, const Coefficients& c, bool adds, int64_t index) {
   const NormActShape& s = p.shape;
   const UnitRows unit(s, index);
-  const float channels = static_cast<float>(s.channels);
-  Buffers buffers;
+  const float share = 1 / static_cast<float>(s.channels);
+  Buffers buffers(s);
   ColumnSums columns(adds ? p.workspace + index * 2 * s.channels : nullptr, s.channels);
   for (int64_t row = unit.begin; row < unit.end; ++row) {
     const Recovered values = recover_rows(p, c, row, 1, buffers);
@@ -151,9 +148,9 @@ void layer_unit(const NormActBackward& p, const Coefficients& c, bool adds, int6
     if (p.grad_x != nullptr) {
       sums = sum_products(values.grad_n, PerElement(c.weight), values.xhat, s.channels);
     }
-    write_rows(p, c, row, 1, values, Uniform{static_cast<float>(sums.first) / channels},
-               Uniform{static_cast<float>(sums.second) / channels},
-               Uniform{reciprocal_std(p.var[row], s.eps)}, buffers.values[1]);
+    write_rows(p, c, row, 1, values, Uniform{static_cast<float>(sums.first) * share},
+               Uniform{static_cast<float>(sums.second) * share},
+               Uniform{reciprocal_std(p.var[row], s.eps)}, buffers[1]);
   }
   columns.flush();
 }
@@ -182,16 +179,16 @@ void combine_columns(const NormActBackward& p) {
 void enter_sample(const NormActBackward& p, ColumnStatistics& c, int64_t sample) {
   const NormActShape& s = p.shape;
   const bool fixed = s.norm == Norm::kFixed;
-  const int64_t at = fixed ? 0 : sample * s.channels, rows = tile_rows(s);
+  const int64_t at = fixed ? 0 : sample * s.channels;
   const auto average = [&](int64_t i, int which) {
     if (fixed) return 0.0f;
     const double sum = column_sums(p, at + i)[which] / static_cast<double>(s.inner);
     return c.coefficients.weight.values[i] * static_cast<float>(sum);
   };
   c.sample = sample;
-  c.first.fill(s.channels, rows, [&](int64_t i) { return average(i, 0); });
-  c.second.fill(s.channels, rows, [&](int64_t i) { return average(i, 1); });
-  c.rstd.fill(s.channels, rows, [&](int64_t i) { return reciprocal_std(p.var[at + i], s.eps); });
+  c.first.fill(s, [&](int64_t i) { return average(i, 0); });
+  c.second.fill(s, [&](int64_t i) { return average(i, 1); });
+  c.rstd.fill(s, [&](int64_t i) { return reciprocal_std(p.var[at + i], s.eps); });
 }
 
 void column_unit(const NormActBackward& p, ColumnStatistics& c, bool adds, bool writes,
@@ -199,7 +196,7 @@ void column_unit(const NormActBackward& p, ColumnStatistics& c, bool adds, bool 
   const NormActShape& s = p.shape;
   const UnitRows unit(s, index);
   if (writes && c.sample != unit.sample) enter_sample(p, c, unit.sample);
-  Buffers buffers;
+  Buffers buffers(s);
   ColumnSums columns(adds ? p.workspace + index * 2 * s.channels : nullptr, s.channels);
   for (int64_t row = unit.begin; row < unit.end; row += tile_rows(s)) {
     const int64_t rows = std::min(tile_rows(s), unit.end - row);
@@ -207,7 +204,7 @@ void column_unit(const NormActBackward& p, ColumnStatistics& c, bool adds, bool 
     columns.add(values, rows);
     if (!writes) continue;
     write_rows(p, c.coefficients, row, rows, values, PerElement(c.first), PerElement(c.second),
-               PerElement(c.rstd), buffers.values[1]);
+               PerElement(c.rstd), buffers[1]);
   }
   columns.flush();
 }

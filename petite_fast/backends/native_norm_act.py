@@ -301,7 +301,9 @@ def _affine(
 
 
 def _floats(vector: torch.Tensor | None) -> torch.Tensor | None:
-    return None if vector is None else vector.detach().float().contiguous()
+    if vector is None or (vector.dtype == torch.float32 and vector.is_contiguous()):
+        return vector
+    return vector.detach().float().contiguous()
 
 
 def _given(tensor: torch.Tensor | None) -> tuple[int, int, int]:

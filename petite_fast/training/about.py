@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from petite_fast import settings
 from petite_fast._version import __version__
 from petite_fast.backends import native
-from petite_fast.models import build_network
+from petite_fast.models import CVTGANDiscriminator, build_network
 from petite_fast.models.published import Network
+from petite_fast.peft.lean import Memory
 from petite_fast.peft.mix import recipes
+from petite_fast.training import memory as step_memory
+from petite_fast.training.objectives import GANObjective, MSEObjective, Objective
+from petite_fast.training.scans import check_patch
 from petite_fast.training.tasks import adapted
 
 
@@ -70,6 +77,65 @@ def recipe_sizes(network: Network) -> list[RecipeSize]:
         trainable = sum(p.numel() for p in generator.parameters() if p.requires_grad)
         rows.append(RecipeSize(recipe, trainable, 100 * trainable / total))
     return rows
+
+
+@dataclass(frozen=True)
+class MemoryQuestion:
+    """What does a step of fine-tuning the full-size network take, where training would run?
+
+    Attributes:
+        network: "cvtgan", with the discriminator that judges, or "unetr".
+        recipe: what trains, with its defaults.
+        batch: patches per step.
+        memory: how activations are kept; see `get_peft_model`.
+    """
+
+    network: Network
+    recipe: str
+    batch: int
+    memory: Memory
+
+    @property
+    def title(self) -> str:
+        """Words for a table's head."""
+        return f"{self.network}, {self.recipe}, {self.memory}"
+
+    def estimate(self, patch: Sequence[int]) -> step_memory.MemoryEstimate:
+        """For patches of this size.
+
+        Raises:
+            InputError: no such recipe, or a patch that is not three multiples of 16.
+            ImportError: "unetr", and MONAI is not installed.
+        """
+        check_patch(patch)
+        generator = self._build(tuple(patch))
+        return step_memory.estimate(generator, patch, self.batch, objective=self._objective())
+
+    def largest(self, budget_bytes: int) -> str:
+        """The largest cubic patch that a budget has room for, in words.
+
+        Raises:
+            InputError: not even the smallest fits.
+            ImportError: "unetr", and MONAI is not installed.
+        """
+        fit = step_memory.largest_patch(
+            self._build, budget_bytes, self.batch, objective=self._objective()
+        )
+        budget, taken = map(step_memory.readable, (budget_bytes, fit.estimate.total))
+        sides = "x".join(map(str, fit.patch))
+        return f"the largest patch with batch {fit.batch} in {budget} is {sides}: {taken}"
+
+    def _build(self, patch: tuple[int, ...]) -> nn.Module:
+        sizes: dict[str, Any] = {"img_size": patch} if self.network == "unetr" else {}
+        with torch.device("meta"):
+            generator = build_network(self.network, **sizes)
+            return adapted(generator, self.network, self.recipe, memory=self.memory)
+
+    def _objective(self) -> Objective:
+        if self.network == "unetr":
+            return MSEObjective()
+        with torch.device("meta"):
+            return GANObjective(CVTGANDiscriminator(), train_discriminator=False)
 
 
 def _words(value: object) -> str:

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from petite_fast.backends.eager import torch_takes_vol2col
 
-_FIRST_LAYER = 4  # input channels up to which oneDNN reads them as they lie, unless pointwise
-
 
 def transient_bytes(func: Any, args: tuple[Any, ...], out: Any) -> int:
     """Bytes allocated at the worst moment of `func`, its results included; 0 where not known."""
@@ -90,7 +88,7 @@ def _pass(
         copy = 0 if transposed and groups > 1 else x.nbytes
         copies_of_y = 2 if y.shape[1] == 1 or not copy else 3
         return max(buffers + copy + weight.nbytes + y.nbytes, copies_of_y * y.nbytes)
-    copy = _blocks(x) if transposed else _blocks_of_input(x, weight)
+    copy = 0 if not transposed and _is_read_as_it_lies(x, weight) else _blocks(x)
     return _blocks(y) + max(copy + weight.nbytes, y.nbytes)
 
 
@@ -98,18 +96,23 @@ def _weight_pass(grad_y: Tensor, x: Tensor, weight: Tensor, groups: int) -> int:
     """grad_weight, from copies of grad_y and x."""
     if groups > 1 or not x.is_contiguous():
         return weight.nbytes
-    return _blocks(grad_y) + _blocks_of_input(x, weight) + weight.nbytes
+    if not _is_read_as_it_lies(x, weight):
+        return _blocks(grad_y) + _blocks(x) + weight.nbytes
+    return weight.nbytes + (2 * x.nbytes if x.shape[1] > 3 else _blocks(grad_y))
 
 
 def _blocks(tensor: Tensor) -> int:
-    lanes = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
     channels = max(tensor.shape[1], 1)
-    return tensor.nbytes // channels * math.ceil(channels / lanes) * lanes
+    return tensor.nbytes // channels * math.ceil(channels / _lanes()) * _lanes()
 
 
-def _blocks_of_input(x: Tensor, weight: Tensor) -> int:
-    pointwise = math.prod(weight.shape[2:]) == 1
-    return _blocks(x) if pointwise or x.shape[1] > _FIRST_LAYER else 0
+def _is_read_as_it_lies(x: Tensor, weight: Tensor) -> bool:
+    """The input of a convolution with fewer channels than a block has, unless it is pointwise."""
+    return x.shape[1] < _lanes() and math.prod(weight.shape[2:]) > 1
+
+
+def _lanes() -> int:
+    return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 
 def _takes_columns(x: Tensor, weight: Tensor, groups: int) -> bool:

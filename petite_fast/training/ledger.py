@@ -73,7 +73,11 @@ class Ledger(TorchDispatchMode):
         return highest
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         before = self._level
@@ -110,17 +114,11 @@ class Ledger(TorchDispatchMode):
             known = self._on_values(func, args, kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             return (True if args[0].dtype == torch.bool else 1) if known is None else known
-        with self.mode:
-            try:
-                out = (self._op_by_op(func, args) or func)(*args, **kwargs)
-            except (DataDependentOutputException, DynamicOutputShapeException):
-                if known is None:
-                    raise
-                # The values decide the shape (nonzero, a boolean mask) or are the answer (equal).
-                device = inputs[0].device
-                out = tree_map_only(
-                    Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), known
-                )
+        eager = self._op_by_op(func, args)
+        if eager is not None:
+            out = eager(*args, **kwargs)
+        else:
+            out = self._without_values(func, args, kwargs, known)
         results = _tensors(out)
         if known is not None and all(t.numel() <= _SMALL for t in results):
             self.values.update(zip(results, _tensors(known), strict=True))
@@ -128,6 +126,19 @@ class Ledger(TorchDispatchMode):
             for tensor in results:
                 self.values.pop(tensor, None)
         return out
+
+    def _without_values(self, func: Any, args: Any, kwargs: Any, known: Any) -> Any:
+        with self.mode:
+            try:
+                return func(*args, **kwargs)
+            except (DataDependentOutputException, DynamicOutputShapeException):
+                if known is None:
+                    raise
+                # The values decide the shape (nonzero, a boolean mask) or are the answer (equal).
+                device = _tensors((args, kwargs))[0].device
+                return tree_map_only(
+                    Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), known
+                )
 
     def _op_by_op(self, func: Any, args: Any) -> Callable[..., Any] | None:
         """What computes an op of ours from ops of PyTorch, to be booked one by one, if it is that.

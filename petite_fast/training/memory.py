@@ -7,6 +7,7 @@ so the answer holds for whatever network, adapters and memory mode there are.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,13 +25,17 @@ from petite_fast.errors import InputError
 from petite_fast.ops.memory import saved_storages, storage_key
 from petite_fast.training.ledger import Ledger, without_memory
 from petite_fast.training.objectives import Objective
+from petite_fast.training.scans import check_patch
+
+logger = logging.getLogger("petite_fast")
 
 LARGEST_SIDE = 512
 """Where the search for a patch ends, in voxels."""
 LARGEST_BATCH = 8
-"""Where the search for a batch ends: the batch of finetune."""
+"""Where the search for a batch ends: the batch that finetune has without a budget."""
 
 _OPTIMISERS: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _NOT_POSSIBLE = (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -110,13 +115,13 @@ def estimate(
             the meta device what training would take.
 
     Raises:
-        InputError: nothing trains, or an op of the network cannot run without values.
-        ValueError: unknown `optimiser`, a batch below 1, or the network refuses the patch.
+        InputError: a batch below 1, nothing trains, or an op cannot run without values.
+        ValueError: unknown `optimiser`, or the network refuses the patch.
     """
     if optimiser not in _OPTIMISERS:
         raise ValueError(f"optimiser is {optimiser!r}, wanted one of {', '.join(_OPTIMISERS)}")
-    if batch < 1 or min(patch) < 1:
-        raise ValueError(f"batch {batch} with patch {tuple(patch)}: wanted positive numbers")
+    if batch < 1:
+        raise InputError(f"batch is {batch}, expected at least 1")
     if not any(p.requires_grad for p in net.parameters()):
         raise InputError("nothing trains in this network, so no step of it can be estimated")
     judge = None if objective is None else objective.discriminator
@@ -127,7 +132,7 @@ def estimate(
     parts = [twin] if judge is None else [twin, goal.discriminator]
     size = (batch, channels, *patch)
     try:
-        with ledger:
+        with torch.random.fork_rng(devices=[]), ledger:
             step = _Step(twin.train(), goal, optimiser, place, dtype)
             step.first()
             ledger.start([t for m in parts for t in _state(m)] + step.optimiser_state())
@@ -211,6 +216,7 @@ def largest_patch(
     batch: int | None = None,
     multiple: int = 16,
     *,
+    smallest: int = 16,
     largest: int = LARGEST_SIDE,
     smallest_batch: int = 1,
     **options: Any,
@@ -223,7 +229,7 @@ def largest_patch(
         batch: samples per step; None: the patch is found with `smallest_batch`, and the batch is
             then raised as far as the budget goes, to 8 at most.
         multiple: the sides are multiples of it.
-        largest: longest side.
+        smallest, largest: shortest and longest side that come into question.
         smallest_batch: the batch that a patch must at least have room for.
         options: further keywords of `estimate`.
 
@@ -235,38 +241,102 @@ def largest_patch(
         sides = (step * multiple,) * 3
         return estimate(build(sides), sides, batch or smallest_batch, **options)
 
-    found = _last_that_fits(of, 1, max(1, largest // multiple), budget_bytes)
-    if batch is not None or found.total > budget_bytes:
-        _require_fit(found, budget_bytes)
-        return Fit(found.patch, found.batch, found)
-    return largest_batch(build, budget_bytes, found.patch, smallest=smallest_batch, **options)
+    first = max(1, smallest // multiple)
+    found = _last_that_fits(of, first, max(first, largest // multiple), budget_bytes)
+    if batch is None and found.total <= budget_bytes:
+        return largest_batch(build, budget_bytes, found.patch, smallest_batch, **options)
+    return _fit(found, budget_bytes)
 
 
 def largest_batch(
     build: Callable[[tuple[int, ...]], nn.Module],
     budget_bytes: int,
     patch: Sequence[int],
-    *,
-    smallest: int = 1,
+    smallest_batch: int = 1,
     **options: Any,
 ) -> Fit:
     """The largest batch, 8 at most, whose step with this patch fits into a budget.
 
     Args:
-        build, budget_bytes, options: as of `largest_patch`.
+        build, budget_bytes, smallest_batch, options: as of `largest_patch`.
         patch: sides in voxels.
-        smallest: the batch that must at least fit.
 
     Raises:
-        InputError: not even the smallest batch fits.
+        InputError: not even `smallest_batch` fits.
     """
-    sides = tuple(patch)
-    net = build(sides)
+    net = build(tuple(patch))
     found = _last_that_fits(
-        lambda batch: estimate(net, sides, batch, **options), smallest, LARGEST_BATCH, budget_bytes
+        lambda batch: estimate(net, patch, batch, **options),
+        smallest_batch,
+        LARGEST_BATCH,
+        budget_bytes,
     )
-    _require_fit(found, budget_bytes)
-    return Fit(found.patch, found.batch, found)
+    return _fit(found, budget_bytes)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory that a training may take, and the batch if that is settled.
+
+    Attributes:
+        bytes: what `MemoryEstimate.total` may be.
+        batch: samples per step; None: as many as there is room for, 8 at most.
+    """
+
+    bytes: int
+    batch: int | None = None
+
+    def choose(
+        self,
+        net: nn.Module,
+        patch: Sequence[int] | None,
+        *,
+        precision: str,
+        objective: Objective,
+        smallest: int,
+        largest: int,
+        smallest_batch: int,
+    ) -> tuple[tuple[int, ...], int]:
+        """Patch and batch for the training of `net`, where training would run; they are logged.
+
+        Args:
+            net: the network, its adapters in place.
+            patch: sides in voxels, multiples of 16; None: the largest cube there is room for.
+            precision: of the training.
+            objective: of the training.
+            smallest: shortest side of a cube that the network trains with, a multiple of 16.
+            largest: side that the cube need not exceed, rounded up to a multiple of 16.
+            smallest_batch: the batch that the network needs, unless the batch is settled.
+
+        Raises:
+            InputError: there is no room, or the patch is not three multiples of 16.
+        """
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        options: dict[str, Any] = {
+            "dtype": _DTYPES[precision], "objective": objective, "device": device
+        }  # fmt: skip
+        if patch is None:
+            fit = largest_patch(
+                lambda _: net,
+                self.bytes,
+                self.batch,
+                smallest=smallest,
+                largest=-(-largest // 16) * 16,
+                smallest_batch=smallest_batch,
+                **options,
+            )
+        elif self.batch is None:
+            check_patch(patch)
+            fit = largest_batch(lambda _: net, self.bytes, patch, smallest_batch, **options)
+        else:
+            check_patch(patch)
+            fit = _fit(estimate(net, patch, self.batch, **options), self.bytes)
+        logger.info(
+            "budget of %s: patch %s, batch %d, %s",
+            readable(self.bytes), "x".join(map(str, fit.patch)), fit.batch,
+            readable(fit.estimate.total),
+        )  # fmt: skip
+        return fit.patch, fit.batch
 
 
 def _last_that_fits(
@@ -284,12 +354,13 @@ def _last_that_fits(
     return best
 
 
-def _require_fit(found: MemoryEstimate, budget: int) -> None:
+def _fit(found: MemoryEstimate, budget: int) -> Fit:
     if found.total > budget:
         raise InputError(
             f"patch {'x'.join(map(str, found.patch))} with batch {found.batch} takes "
-            f"{readable(found.total)}, and the budget is {readable(budget)}"
+            f"{readable(found.total)}, more than the budget of {readable(budget)}"
         )
+    return Fit(found.patch, found.batch, found)
 
 
 def readable(size: int) -> str:

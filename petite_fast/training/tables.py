@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from petite_fast.training.loop import TrainReport
+from petite_fast.training.memory import MemoryEstimate, readable
 
 _DIGITS = {"psnr": 2, "ssim": 4, "nrmse": 4}
 
@@ -51,6 +52,25 @@ def recipe_table(network: str, sizes: Sequence[tuple[str, int, float]]) -> Table
     rows = [[recipe, f"{count:,}", f"{percent:.3f}"] for recipe, count, percent in sizes]
     title = f"Recipes for {network}, full size"
     return text_table(title, ["recipe", "trainable", "% of the network"], rows)
+
+
+def memory_table(title: str, estimate: MemoryEstimate) -> Table:
+    """What a training step takes, part by part, and at its peak."""
+    parts = [
+        ("parameters", estimate.parameter_bytes),
+        ("optimiser", estimate.optimiser_bytes),
+        ("gradients", estimate.gradient_bytes),
+        ("activations kept for backward", estimate.activation_bytes),
+        ("workspace", estimate.workspace_bytes),
+    ]
+    size = f"patch {'x'.join(map(str, estimate.patch))}, batch {estimate.batch}"
+    table = text_table(
+        f"{title}: {size}", ["part", "size"], [[name, readable(n)] for name, n in parts]
+    )
+    table.add_section()
+    table.add_row("peak of a step", readable(estimate.total))
+    table.caption = "gradients, activations and workspace are not largest at the same time"
+    return table
 
 
 def text_table(title: str, headings: list[str], rows: list[list[str]]) -> Table:

@@ -8,16 +8,15 @@ A run folder holds its result directly, beside log.csv, tensorboard/ and checkpo
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from petite_fast.data import Normaliser, PatchDataset, read_datalist
+from petite_fast.data import Normaliser, PatchDataset
 from petite_fast.errors import InputError
 from petite_fast.models import (
     CVTGANDiscriminator,
@@ -39,52 +38,13 @@ from petite_fast.peft import (
 from petite_fast.peft.config import AnyConfig
 from petite_fast.peft.export import export_bundle, export_state_dict
 from petite_fast.peft.io import state_sha256
+from petite_fast.peft.lean import Memory
 from petite_fast.peft.mix import recipe as recipe_config
 from petite_fast.training.inference import Reconstructor
 from petite_fast.training.loop import TrainReport, TrainSettings, train
+from petite_fast.training.memory import Budget
 from petite_fast.training.objectives import GANObjective, L1Objective, MSEObjective, Objective
-
-DEFAULT_PATCH = (64, 64, 64)
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Which scans to train on, and how to cut and scale them.
-
-    Attributes:
-        json: dataset JSON; see `read_datalist`.
-        fold: one of its folds (its training half); None takes every pair.
-        patch: sides in voxels, multiples of 16; None is the JSON's "roi", else 64 x 64 x 64.
-        normalisation: "paired", "petite", or None for the base network's (paired without one).
-    """
-
-    json: Path
-    fold: int | None = None
-    patch: Sequence[int] | None = None
-    normalisation: str | None = None
-
-    def description(self) -> dict[str, Any]:
-        """The top level of the JSON file ("scanner", "roi", ...)."""
-        return json.loads(self.json.read_text(encoding="utf-8"))
-
-    def open(self, seed: int, normalisation: str) -> PatchDataset:
-        """The training patches.
-
-        Raises:
-            InputError: the JSON or a file in it cannot be used, or the patch does not fit.
-        """
-        pairs = read_datalist(self.json, self.fold, "training")
-        patch = tuple(self.patch or self.description().get("roi") or DEFAULT_PATCH)
-        if len(patch) != 3 or any(side < 16 or side % 16 for side in patch):
-            raise InputError(
-                f"the patch is {'x'.join(map(str, patch))}; expected three multiples of 16"
-            )
-        return PatchDataset(
-            pairs,
-            patch,
-            normaliser=Normaliser(normalisation),  # type: ignore[arg-type]
-            seed=seed,
-        )
+from petite_fast.training.scans import DEFAULT_PATCH, TrainingData
 
 
 def pretrain(
@@ -154,6 +114,8 @@ def finetune(
     recipe: str = "petite",
     rank: int = 8,
     num_prompts: Sequence[int] | None = None,
+    memory: Memory = "exact",
+    budget: Budget | None = None,
 ) -> TrainReport:
     """Adapt the base network to the scanner of `data`; the result is in settings.out.
 
@@ -168,36 +130,58 @@ def finetune(
         recipe: one of `petite_fast.peft.mix.recipes`.
         rank: LoRA rank; lora_alpha is twice that, as published.
         num_prompts: prompts of the encoder's stages; None is the network's own number.
+        memory: how activations are kept for the backward pass; see `get_peft_model`.
+        budget: memory that the training may take: it chooses the patch, if `data` has none, and
+            the batch in the place of `settings.batch`. What it chose is logged.
 
     Raises:
-        InputError: the base, the data, the recipe or the settings cannot be used; see also `train`.
+        InputError: the base, the data, the recipe or the settings cannot be used, or the budget has
+            no room for them; see also `train`.
         TrainingInterrupted, OSError: see `train`.
     """
     loaded = load_network(base)
     normalisation = data.normalisation or loaded.metadata.get("normalisation", "paired")
-    samples = data.open(settings.seed, normalisation)
-    metadata = _metadata(data, samples, settings, normalisation)
     networks = [net for net in (loaded.generator, loaded.discriminator) if net is not None]
+    hashes = [state_sha256(net.state_dict()) for net in networks]
+    from_base = {name for name, _ in loaded.generator.named_parameters()}
+    torch.manual_seed(settings.seed)  # the random start of adapters
+    generator = adapted(
+        loaded.generator, loaded.network, recipe, rank=rank, num_prompts=num_prompts, memory=memory
+    )
+    objective = finetune_objective(loaded)
+    trained_norms = recipe == "full" and loaded.network == "cvtgan"
+    if budget is not None:
+        if trained_norms and data.patch and budget.batch:
+            _check_batch_norm(budget.batch, data.patch)
+        patch, batch = budget.choose(
+            generator,
+            data.patch,
+            precision=settings.precision,
+            objective=objective,
+            smallest=48 if trained_norms and budget.batch == 1 else 16,
+            largest=data.shortest_side(),
+            smallest_batch=2 if trained_norms else 1,
+        )
+        data, settings = replace(data, patch=patch), replace(settings, batch=batch)
+    samples = data.open(settings.seed, normalisation)
+    if trained_norms:
+        _check_batch_norm(settings.batch, samples.patch)
+    metadata = _metadata(data, samples, settings, normalisation)
     config = {
         "task": "finetune",
         "recipe": recipe,
-        "base": [state_sha256(net.state_dict()) for net in networks],
+        "base": hashes,
         **metadata,
         **_subjects(samples),
     }
     if recipe != "full":
         config |= {"rank": rank, "num_prompts": num_prompts and list(num_prompts)}
-    elif loaded.network == "cvtgan":
-        _check_batch_norm(settings.batch, samples.patch)
-    torch.manual_seed(settings.seed)  # the random start of adapters
-    from_base = {name for name, _ in loaded.generator.named_parameters()}
-    generator = adapted(
-        loaded.generator, loaded.network, recipe, rank=rank, num_prompts=num_prompts
-    )
+    if memory == "int8":  # the others give the same result
+        config["memory"] = memory
     known = from_base & {name for name, p in generator.named_parameters() if not p.requires_grad}
     report = train(
         generator,
-        finetune_objective(loaded),
+        objective,
         samples,
         settings,
         config=config,
@@ -302,16 +286,22 @@ def adapted(
     *,
     rank: int = 8,
     num_prompts: Sequence[int] | None = None,
+    memory: Memory = "exact",
 ) -> Any:
     """`generator`, in place, with what `recipe` trains switched on and the rest frozen.
 
     Raises:
-        InputError: no such recipe for this network, or rank or num_prompts is out of range.
+        InputError: no such recipe for this network, rank or num_prompts is out of range, or a
+            memory mode other than "exact" for "full", which makes no layer lean.
     """
     if recipe == "full":
+        if memory != "exact":
+            raise InputError(
+                f"memory is {memory!r}, expected 'exact': recipe full trains torch's own layers"
+            )
         return generator.requires_grad_(True)
     config = recipe_config(network, recipe, r=rank, num_prompts=num_prompts)
-    return get_peft_model(generator, config)
+    return get_peft_model(generator, config, memory=memory)
 
 
 def finetune_objective(loaded: LoadedNetwork) -> Objective:
