@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from petite_fast.errors import InputError
@@ -142,3 +143,25 @@ def has_adapter(module: nn.Module) -> bool:
     """Whether this very module holds an adapter of any kind."""
     has_prompt = takes_prompts(module) and getattr(module, "prompt", None) is not None
     return has_prompt or isinstance(module, (AdaptedLayer, BottleneckAdapter))
+
+
+def require_bare(net: nn.Module) -> None:
+    """Refuse what is not a network, hides one, or is adapted already.
+
+    Raises:
+        TypeError: not a module, or a compiled or wrapped one.
+        ValueError: it has adapters.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net: got {type(net).__name__}, wanted a torch.nn.Module")
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)
+    if isinstance(net, wrappers) or hasattr(net, "_orig_mod"):
+        raise TypeError(
+            f"net: got a {type(net).__name__}, wanted the network itself: adapt it before it is "
+            "compiled or wrapped"
+        )
+    if any(hasattr(m, "_peft") or has_adapter(m) for m in net.modules()):
+        raise ValueError(
+            f"{type(net).__name__} has adapters already: load_adapter and add_adapter put another "
+            "into it, and a merged network keeps its prompts"
+        )

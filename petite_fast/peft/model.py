@@ -19,8 +19,8 @@ from petite_fast.peft.config import AnyConfig
 from petite_fast.peft.inject import (
     Injection,
     carry_out,
-    has_adapter,
     make_plan,
+    require_bare,
     take_out,
     tensor,
 )
@@ -80,7 +80,7 @@ class PeftModel(Twin):
                 option of Hugging Face PEFT's that is not supported. `net` is then as it was.
             ValueError: `net` has adapters already.
         """
-        _require_bare(net)
+        require_bare(net)
         file = io.read_adapter(directory)
         io.check_base(file, type(net).__name__, io.state_sha256(net.state_dict()))
         plan = make_plan(net, file.config, file.crossing(net))
@@ -373,7 +373,7 @@ def get_peft_model(
         ValueError: `net` has adapters already, or `memory` is something else.
         TypeError: `net` is not a module, or is compiled or wrapped: adapt it before.
     """
-    _require_bare(net)
+    require_bare(net)
     if memory not in MEMORY:
         raise ValueError(f"memory: got {memory!r}, wanted one of {MEMORY}")
     return _adapt(net, config, make_plan(net, config), adapter_name, memory)
@@ -387,20 +387,3 @@ def _adapt(
     model = cast(PeftModel, PeftModel.become_(net))
     model._peft = _State(config, injection, name, initial)
     return model.train(model.training)
-
-
-def _require_bare(net: nn.Module) -> None:
-    """Refuse what is not a network, hides one, or is adapted already."""
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"net: got {type(net).__name__}, wanted a torch.nn.Module")
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)
-    if isinstance(net, wrappers) or hasattr(net, "_orig_mod"):
-        raise TypeError(
-            f"net: got a {type(net).__name__}, wanted the network itself: adapt it before it is "
-            "compiled or wrapped"
-        )
-    if any(isinstance(m, PeftModel) or has_adapter(m) for m in net.modules()):
-        raise ValueError(
-            f"{type(net).__name__} has adapters already: load_adapter and add_adapter put another "
-            "into it, and a merged network keeps its prompts"
-        )
