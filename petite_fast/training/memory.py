@@ -223,6 +223,9 @@ def largest_patch(
 ) -> Fit:
     """The largest cubic patch whose step fits into a budget, then the largest batch of it.
 
+    Found by bisection, as more voxels take more memory. The exception, where a larger patch than
+    the one found could fit, are PyTorch's own convolutions on a CPU at batch 1 and a few voxels.
+
     Args:
         build: the network for a patch.
         budget_bytes: what `MemoryEstimate.total` may be.
@@ -342,7 +345,7 @@ class Budget:
 def _last_that_fits(
     of: Callable[[int], MemoryEstimate], low: int, high: int, budget: int
 ) -> MemoryEstimate:
-    """Estimate of the largest number in [low, high] that fits, which is monotonous; else of low."""
+    """Estimate of the largest number in [low, high] that fits, by bisection; of low if none."""
     best = of(low)
     while best.total <= budget and low < high:
         middle = (low + high + 1) // 2

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -23,9 +24,18 @@ from petite_fast.training.memory import (
     largest_batch,
     largest_patch,
 )
-from petite_fast.training.objectives import GANObjective, MSEObjective
+from petite_fast.training.objectives import GANObjective, L1Objective
 
 nets = pytest.importorskip("monai.networks.nets")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small volumes, many of them: threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def cvtgan() -> nn.Module:
@@ -89,11 +99,9 @@ def measured_peak(net: nn.Module, batch: int, side: int = 32) -> int:
     [
         (cvtgan, "full", "exact", 2),
         (cvtgan, "petite", "exact", 1),
-        (cvtgan, "ssf", "exact", 2),
         (cvtgan, "lora+adapter", "checkpoint", 2),
         (unetr, "full", "exact", 1),
-        (unetr, "petite", "exact", 2),
-        (unetr, "vpt+lora", "int8", 1),
+        (unetr, "petite", "exact", 1),
         (unet, "full", "exact", 2),
         (unet, "lora", "exact", 2),
         (unet, "lora", "int8", 1),
@@ -126,21 +134,19 @@ def test_a_network_without_values_is_as_one_at_its_start() -> None:
     )
 
 
-@pytest.mark.parametrize("value", [1.0, 0.0])
-def test_values_that_ops_look_at_are_the_networks(value: float) -> None:
-    """SSF keeps the output only where gamma is away from zero; norms keep more where it is."""
-    torch.manual_seed(0)
-    net: Any = get_peft_model(blocks(lambda c: nn.GroupNorm(2, c)), SSFConfig()).train()
-    with torch.no_grad():
-        net[3].ssf_gamma[:2] = value
-        net[4].weight[3] = value
+@pytest.mark.parametrize("name", ["0.ssf_scale", "1.weight"])
+def test_values_that_ops_look_at_are_the_networks(name: str) -> None:
+    """What can be read back from an output depends on which scales are near zero."""
+    norm = functools.partial(nn.InstanceNorm3d, affine=True)
+    net = get_peft_model(blocks(norm), SSFConfig(target_modules=["0"])).train()
     x = torch.randn(1, 1, 16, 16, 16)
-    found = estimate(net, (16,) * 3, 1)
-    assert found.activation_bytes == saved_bytes(lambda: net(x))
-    with torch.no_grad():
-        net[3].ssf_gamma.fill_(1)
-        net[4].weight.fill_(1)
-    assert (found.activation_bytes > saved_bytes(lambda: net(x))) == (value == 0)
+    kept = []
+    for value in (1.0, 0.0):
+        with torch.no_grad():
+            net.get_parameter(name)[:2] = value
+        kept.append(estimate(net, (16,) * 3, 1).activation_bytes)
+        assert kept[-1] == saved_bytes(lambda: net(x))
+    assert kept[0] != kept[1]
 
 
 def test_saved_bytes_of_a_meta_run() -> None:
@@ -213,19 +219,21 @@ def test_what_cannot_be_estimated_is_said() -> None:
 
 
 def test_largest_patch_and_batch() -> None:
-    net = blocks()
+    net = get_peft_model(blocks(), LoraConfig(r=4))
 
     def of(side: int, batch: int) -> MemoryEstimate:
         return estimate(net, (side,) * 3, batch)
 
-    budget = (of(32, 3).total + of(32, 4).total) // 2
+    budget = (of(32, 2).total + of(32, 3).total) // 2
     assert of(48, 1).total > budget
     patch, batch, found = largest_patch(lambda _: net, budget)
-    assert (patch, batch) == ((32, 32, 32), 3) and found == of(32, 3)
+    assert (patch, batch) == ((32, 32, 32), 2) and found == of(32, 2)
     assert largest_patch(lambda _: net, budget, 8)[:2] == ((16, 16, 16), 8)
     assert largest_patch(lambda _: net, budget, largest=16)[:2] == ((16, 16, 16), 8)
     assert largest_patch(lambda _: net, budget, multiple=8)[0] == (40, 40, 40)
-    assert largest_batch(lambda _: net, budget, (16, 32, 32))[:2] == ((16, 32, 32), 7)
+    flat, batch, found = largest_batch(lambda _: net, budget, (16, 32, 32))
+    assert flat == (16, 32, 32) and 2 < batch < 8
+    assert found.total <= budget < estimate(net, flat, batch + 1).total
     with pytest.raises(InputError, match=r"16x16x16 with batch 1 takes [\d.]+ MiB, more than the"):
         largest_patch(lambda _: net, of(16, 1).total - 1)
     with pytest.raises(InputError, match="16x16x16 with batch 2 takes"):
@@ -244,9 +252,9 @@ def test_the_network_may_depend_on_the_patch() -> None:
 
 
 def test_budget_chooses_what_is_open(caplog: pytest.LogCaptureFixture) -> None:
-    net = blocks()
+    net = blocks().append(nn.Conv3d(16, 1, 1))
     options: dict[str, Any] = {
-        "precision": "32-true", "objective": MSEObjective(),
+        "precision": "32-true", "objective": L1Objective(),
         "smallest": 16, "largest": 30, "smallest_batch": 1,
     }  # fmt: skip
     with caplog.at_level(logging.INFO, logger="petite_fast"):
