@@ -61,15 +61,19 @@ def _step(provider: Provider) -> None:
         provider.backward(provider.forward())
 
 
-def compare(providers: list[Provider], device: str, repeats: int) -> dict[str, dict[str, Any]]:
-    """Run all providers in turn, `repeats` times; per provider its times, bytes and flops.
+def compare(
+    providers: list[Provider], device: str, repeats: int, warmup: int = 2
+) -> dict[str, dict[str, Any]]:
+    """Run all providers in turn, `repeats` times (at least two); their times, bytes and flops.
 
-    The order rotates from round to round, so that no provider always follows the same one.
+    The order rotates from round to round, so that no provider always follows the same one. Before
+    that, bytes are counted in steps of their own, and `warmup` steps are run.
     """
     able = [p for p in providers if not p.why_not]
     times: dict[str, list[float]] = {p.name: [] for p in able}
+    sizes = {p.name: {"saved_bytes": kept(p), "peak_bytes": peak(p, device)} for p in able}
     for provider in able:
-        for _ in range(2):
+        for _ in range(warmup):
             _step(provider)
     for turn in range(repeats):
         for k in range(len(able)):
@@ -84,14 +88,13 @@ def compare(providers: list[Provider], device: str, repeats: int) -> dict[str, d
         if provider.why_not:
             result[provider.name] = {"why_not": provider.why_not}
             continue
-        low, _, high = quantiles(times[provider.name], n=4)
+        low, _, high = quantiles(times[provider.name], n=4, method="inclusive")
         middle = median(times[provider.name])
         result[provider.name] = {
             "ms": 1e3 * middle,
             "ms_quartiles": [1e3 * low, 1e3 * high],
             "gflops_per_s": provider.flops / middle / 1e9,
-            "saved_bytes": kept(provider),
-            "peak_bytes": peak(provider, device),
+            **sizes[provider.name],
         }
     return result
 

@@ -9,11 +9,15 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-HEADER = ("case", "provider", "ms", "spread", "x floor", "x PEFT", "kept units", "peak MB", "GF/s")
+HEADER = (
+    "case", "provider", "ms", "spread", "x floor", "x PEFT", "kept units", "kept MiB", "peak MiB",
+    "GF/s",
+)  # fmt: skip
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -24,7 +28,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
         floor, peft = figures["floor"]["ms"], figures["peft"].get("ms")
         for name, value in figures.items():
             if "why_not" in value:
-                lines.append((record["case"], name, f"cannot: {value['why_not'][:50]}", *[""] * 6))
+                lines.append((record["case"], name, f"cannot: {value['why_not'][:50]}", *[""] * 7))
                 continue
             low, high = value["ms_quartiles"]
             rate = value["gflops_per_s"]
@@ -37,7 +41,8 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
                     f"{value['ms'] / floor:.2f}",
                     f"{value['ms'] / peft:.2f}" if peft else "",
                     f"{value['saved_bytes'] / record['unit_bytes']:.2f}",
-                    f"{value['peak_bytes'] / 1e6:.1f}",
+                    f"{value['saved_bytes'] / 2**20:.1f}",
+                    f"{value['peak_bytes'] / 2**20:.1f}",
                     f"{rate:.0f}" if rate else "",
                 )
             )
@@ -66,60 +71,95 @@ def table(result: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """README's table: one row per case, times and kept units by provider."""
-    names: list[str] = []
-    for record in result["cases"]:
-        names += [n for n in record["providers"] if n not in names]
-    head = "| case | " + " | ".join(f"{n} ms (kept)" for n in names) + " |"
-    lines = [head, "|---" * (len(names) + 1) + "|"]
-    for record in result["cases"]:
-        cells = []
-        for name in names:
-            value = record["providers"].get(name)
-            if value is None:
-                cells.append("")
-            elif "why_not" in value:
-                cells.append("cannot")
-            else:
-                units = value["saved_bytes"] / record["unit_bytes"]
-                cells.append(f"{value['ms']:.1f} ({units:.2f})")
-        lines.append(f"| {record['case']} | " + " | ".join(cells) + " |")
+    """README's table of a suite."""
+    lines = _memory_lines(result) if result["suite"] == "memory" else _time_lines(result)
     about = result["machine"]
-    lines.append("")
-    lines.append(
-        f"{about['gpu'] or about['cpu']}, {about['threads']} threads, torch"
-        f" {about['versions']['torch']}, {about['date']}; median of interleaved runs; kept ="
-        " what autograd saves, in units of one input of the case."
-    )
+    kept = "MiB that autograd keeps / MiB at the peak of a step"
+    if result["suite"] != "memory":
+        kept = "what autograd saves, in units of one input of the case"
+    where = f"{about['gpu'] or about['cpu']}, {about['threads']} threads"
+    versions = f"torch {about['versions']['torch']}, {about['date']}"
+    lines += ["", f"{where}, {versions}; median of interleaved runs; kept = {kept}."]
     return "\n".join(lines)
 
 
+def _names(result: dict[str, Any]) -> list[str]:
+    """Providers of all cases, in the order in which they appear."""
+    return list(dict.fromkeys(name for record in result["cases"] for name in record["providers"]))
+
+
+def _time_lines(result: dict[str, Any]) -> list[str]:
+    """One row per case: times and kept units by provider."""
+    names = _names(result)
+    lines = ["| case | " + " | ".join(f"{n} ms (kept)" for n in names) + " |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    for record in result["cases"]:
+        unit = record["unit_bytes"]
+        cells = [
+            _cell(
+                record["providers"].get(name),
+                lambda v, u=unit: f"{v['ms']:.1f} ({v['saved_bytes'] / u:.2f})",
+            )
+            for name in names
+        ]
+        lines.append(f"| {record['case']} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _memory_lines(result: dict[str, Any]) -> list[str]:
+    """One row per provider: MiB kept and at the peak, and times, by case."""
+    cases = result["cases"]
+    lines = ["| kept / peak (ms) | " + " | ".join(record["case"] for record in cases) + " |"]
+    lines.append("|---" * (len(cases) + 1) + "|")
+    for name in _names(result):
+        if name == "floor":  # which is the frozen network
+            continue
+        cells = [_cell(record["providers"].get(name), _memory_text) for record in cases]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _memory_text(value: dict[str, Any]) -> str:
+    kept, peak = value["saved_bytes"] / 2**20, value["peak_bytes"] / 2**20
+    return f"{kept:.1f} / {peak:.1f} ({value['ms']:.0f})"
+
+
+def _cell(value: dict[str, Any] | None, text: Callable[[dict[str, Any]], str]) -> str:
+    """`text` of a provider's figures, if it has a part in the case and can do it."""
+    if value is None:
+        return ""
+    return "cannot" if "why_not" in value else text(value)
+
+
 def figure(result: dict[str, Any], path: Path) -> None:
-    """Bars: time of each provider as a multiple of the frozen floor."""
+    """Bars: time as a multiple of the frozen floor; for memory what is kept, of full tuning's."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     cases = result["cases"]
-    names: list[str] = []
-    for record in cases:
-        names += [n for n in record["providers"] if n not in names and n != "floor"]
-    size = (1.2 * len(cases) * len(names) / 4 + 4, 4.5)
+    names = [name for name in _names(result) if name != "floor"]
+    memory = result["suite"] == "memory"
+    quantity, base = ("saved_bytes", "full") if memory else ("ms", "floor")
+    size = (min(0.3 * len(cases) * len(names) + 4, 18), 4.5)
+    colours = pyplot.get_cmap("tab20").colors
     drawing, axes = pyplot.subplots(figsize=size, layout="constrained")
     width = 0.8 / len(names)
     for k, name in enumerate(names):
         heights = [
-            r["providers"].get(name, {}).get("ms", 0.0) / r["providers"]["floor"]["ms"]
+            r["providers"].get(name, {}).get(quantity, 0.0) / r["providers"][base][quantity]
             for r in cases
         ]
-        axes.bar([i + k * width for i in range(len(cases))], heights, width, label=name)
+        axes.bar(
+            [i + k * width for i in range(len(cases))], heights, width, label=name, color=colours[k]
+        )
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks([i + 0.4 - width / 2 for i in range(len(cases))])
     axes.set_xticklabels([r["case"] for r in cases], rotation=20, ha="right", fontsize=8)
-    axes.set_ylabel("time / frozen floor")
+    axes.set_ylabel("kept / full fine-tuning" if memory else "time / frozen floor")
     axes.set_title(f"{result['suite']} on {result['machine']['gpu'] or result['machine']['cpu']}")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     drawing.savefig(path, dpi=110)
     pyplot.close(drawing)
 

@@ -117,7 +117,7 @@ def gradients(
     y = function(**given, **arguments)
     generator = torch.Generator().manual_seed(1)
     grad_y = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype)
-    found = torch.autograd.grad(y, inputs, grad_y)
+    found = torch.autograd.grad(y, inputs, grad_y) if inputs else ()
     return {"y": y.detach(), **dict(zip(trained, found, strict=True))}
 
 
@@ -132,7 +132,9 @@ def check(
     # What the low precision makes of the inputs is not the op's error.
     values = {name: value.to(dtype).double() for name, value in values.items()}
     exact = gradients(reference.norm_act, values, arguments, trained, torch.float64)
-    same = gradients(torch_norm_act, values, arguments, trained, dtype, layout)
+    # With x: torch 2.13 crashes in a group norm's backward that wants the weight's gradient alone.
+    with_x = [*trained, *({"x"} - set(trained))]
+    same = gradients(torch_norm_act, values, arguments, with_x, dtype, layout)
     ours = gradients(norm_act, values, arguments, trained, dtype, layout)
     for name, value in exact.items():
         factor = 2.0 if name == "y" else 3.0

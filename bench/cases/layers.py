@@ -1,4 +1,4 @@
-"""The four ways to train a convolution that every suite compares."""
+"""The ways to train a convolution that every suite compares."""
 
 from __future__ import annotations
 
@@ -39,14 +39,21 @@ def provider(
 
 
 def frozen(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).requires_grad_(False)
+    """A copy that trains nothing, its batch norms in evaluation mode."""
+    module = copy.deepcopy(module).requires_grad_(False)
+    for each in module.modules():
+        if isinstance(each, nn.BatchNorm3d):
+            each.eval()
+    return module
 
 
-def hf_peft(module: nn.Module, r: int, dropout: float = 0.0) -> nn.Module | str:
-    """`module` (a container) with HF PEFT's LoRA on its convolutions, or the reason why not."""
+def hf_peft(
+    module: nn.Module, r: int, dropout: float = 0.0, targets: str | list[str] = r".*conv\d*"
+) -> nn.Module | str:
+    """`module` (a container) with HF PEFT's LoRA on `targets`, or the reason why not."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=r".*conv\d*")
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=targets)
     try:
         return inject_adapter_in_model(config, frozen(module))
     except (ValueError, NotImplementedError) as error:

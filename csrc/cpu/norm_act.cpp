@@ -87,6 +87,11 @@ void in_phases(const NormActShape& s, int threads, const Visit& visit, const Com
   over_units(write);
 }
 
+// The two doubles of a statistic, behind the sums of the units and of the rows.
+double* of_statistic(const NormActShape& s, double* workspace, int64_t statistic) {
+  return workspace + 2 * (s.outer * (unit_count(s) + s.channels) + statistic);
+}
+
 void unit_moments(const NormActForward& p, int64_t index) {
   const NormActShape& s = p.shape;
   const Unit unit(s, index);
@@ -100,8 +105,7 @@ void unit_moments(const NormActForward& p, int64_t index) {
       activate(x, count, Uniform{channel.slope}, buffer);
       x = buffer;
     }
-    const float mean = sum(x, count) / static_cast<float>(count);
-    moments.merge(static_cast<double>(count), mean, sum_of_squares(x, count, mean));
+    moments.merge(tile_moments(x, count));
   }
   p.workspace[2 * index] = moments.mean;
   p.workspace[2 * index + 1] = moments.squares;
@@ -116,9 +120,12 @@ void combine_moments(const NormActForward& p, int64_t statistic) {
     const int64_t piece = i % pieces;
     const double* unit = p.workspace + 2 * (rows.row(i / pieces) * pieces + piece);
     const int64_t count = std::min(kNormUnit, s.inner - piece * kNormUnit);
-    moments.merge(static_cast<double>(count), unit[0], unit[1]);
+    moments.merge(Moments{static_cast<double>(count), unit[0], unit[1]});
   }
   p.mean[statistic] = static_cast<float>(moments.mean);
+  // What rounding took from the mean is given back to the bias.
+  of_statistic(s, p.workspace, statistic)[0] =
+      moments.mean - static_cast<double>(p.mean[statistic]);
   p.var[statistic] = static_cast<float>(moments.squares / moments.count);
 }
 
@@ -128,6 +135,9 @@ void write_unit(const NormActForward& p, int64_t index) {
   const ChannelValues channel(p.affine, p.kept, unit.channel);
   const Uniform mean{p.mean[unit.statistic]};
   const Uniform rstd{reciprocal_std(p.var[unit.statistic], s.eps)};
+  const double rest = s.norm == Norm::kFixed ? 0 : of_statistic(s, p.workspace, unit.statistic)[0];
+  const Uniform shift{-static_cast<float>(rest) * rstd.value};
+  const Uniform bias{channel.bias + shift.value * channel.weight};
   const bool whole = p.xhat != nullptr && p.kept.count == 0;
   const int64_t kept_row = whole ? unit.row : unit.sample * p.kept.count + channel.slot;
   alignas(64) float x_buffer[kTile], residual_buffer[kTile], buffer[kTile];
@@ -144,13 +154,13 @@ void write_unit(const NormActForward& p, int64_t index) {
     if (whole || channel.slot >= 0) {
       const int64_t kept_at = kept_row * s.inner + i;
       float* xhat = target(p.xhat, s.dtype, kept_at, buffer);
-      normalise(x, nullptr, count, mean, rstd, Uniform{1}, Uniform{0}, xhat);
+      normalise(x, nullptr, count, mean, rstd, Uniform{1}, shift, xhat);
       commit(xhat, p.xhat, s.dtype, kept_at, count);
     }
     const float* residual =
         p.residual == nullptr ? nullptr : stage(p.residual, s.dtype, at, count, residual_buffer);
     float* y = target(p.y, s.dtype, at, buffer);
-    normalise(x, residual, count, mean, rstd, Uniform{channel.weight}, Uniform{channel.bias}, y);
+    normalise(x, residual, count, mean, rstd, Uniform{channel.weight}, bias, y);
     if (!s.act_first && !is_identity(p.affine)) {
       if (signs != nullptr) pack_row(y, count, signs);
       activate(y, count, Uniform{channel.slope}, y);
@@ -159,13 +169,13 @@ void write_unit(const NormActForward& p, int64_t index) {
   }
 }
 
-// Sums of a row, and averages of a statistic, behind the sums of the units.
+// Sums of a row, behind the sums of the units.
 double* row_sums(const NormActBackward& p, int64_t row) {
   return p.workspace + 2 * (p.shape.outer * unit_count(p.shape) + row);
 }
 
 double* averages(const NormActBackward& p, int64_t statistic) {
-  return row_sums(p, p.shape.outer * p.shape.channels + statistic);
+  return of_statistic(p.shape, p.workspace, statistic);
 }
 
 // Adds up a unit's grad_n and grad_n * xhat, or writes its gradients, or both.

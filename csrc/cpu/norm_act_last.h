@@ -21,6 +21,20 @@ inline int64_t tile_rows(const NormActShape& s) {
   return s.norm == Norm::kLayer ? 1 : std::max<int64_t>(1, kTile / s.channels);
 }
 
+// Few channels are added up several rows at a time: longer loops, shorter sums.
+constexpr int64_t kFold = 128;
+
+inline int64_t folded_rows(const NormActShape& s) {
+  return std::max<int64_t>(1, kFold / s.channels);
+}
+
+// Adds the rows to the first one.
+inline void fold(const NormActShape& s, float* sums) {
+  for (int64_t r = 1; r < folded_rows(s); ++r) {
+    for (int64_t i = 0; i < s.channels; ++i) sums[i] += sums[r * s.channels + i];
+  }
+}
+
 // kCount tiles side by side. They are no further apart than they must be: at a fixed distance of a
 // whole number of pages they would fight for the same lines of the first-level cache.
 template <int kCount>
@@ -92,17 +106,6 @@ void over_units(const NormActShape& s, int threads, const MakeState& make_state,
     for (int64_t i = begin; i < end; ++i) body(state, i);
   });
 }
-
-// What belongs to the columns of the sample that a thread is at.
-struct ColumnStatistics {
-  Coefficients coefficients;
-  Tiles<4> memory;
-  Repeated mean{memory[0]}, rstd{memory[1]}, first{memory[2]}, second{memory[3]};
-  int64_t sample = -1;
-
-  ColumnStatistics(const NormActShape& s, const NormActAffine& a, const KeptChannels& kept)
-      : coefficients(s, a, kept), memory(s) {}
-};
 
 }  // namespace
 }  // namespace PF_ISA

@@ -86,22 +86,25 @@ void write_rows(const NormActBackward& p, const Coefficients& c, int64_t row, in
 // double. Without totals nothing is summed.
 class ColumnSums {
  public:
-  ColumnSums(double* totals, int64_t channels) : totals_(totals), channels_(channels) {
+  ColumnSums(const NormActShape& s, double* totals)
+      : shape_(s), totals_(totals), folded_(folded_rows(s) * s.channels) {
     if (totals_ == nullptr) return;
-    std::fill_n(totals_, 2 * channels, 0.0);
+    std::fill_n(totals_, 2 * s.channels, 0.0);
     clear();
   }
 
   void add(Recovered values, int64_t rows) {
     if (totals_ == nullptr) return;
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* __restrict grad_n = values.grad_n + r * channels_;
+    const int64_t elements = rows * shape_.channels;
+    for (int64_t at = 0; at < elements; at += folded_) {
+      const int64_t count = std::min(folded_, elements - at);
+      const float* __restrict grad_n = values.grad_n + at;
       if (values.xhat == nullptr) {
-        for (int64_t i = 0; i < channels_; ++i) first_[i] += grad_n[i];
+        for (int64_t i = 0; i < count; ++i) first_[i] += grad_n[i];
         continue;
       }
-      const float* __restrict xhat = values.xhat + r * channels_;
-      for (int64_t i = 0; i < channels_; ++i) {
+      const float* __restrict xhat = values.xhat + at;
+      for (int64_t i = 0; i < count; ++i) {
         first_[i] += grad_n[i];
         second_[i] += grad_n[i] * xhat[i];
       }
@@ -112,24 +115,27 @@ class ColumnSums {
 
   void flush() {
     if (totals_ == nullptr) return;
-    for (int64_t i = 0; i < channels_; ++i) {
+    fold(shape_, first_);
+    fold(shape_, second_);
+    for (int64_t i = 0; i < shape_.channels; ++i) {
       totals_[i] += static_cast<double>(first_[i]);
-      totals_[channels_ + i] += static_cast<double>(second_[i]);
+      totals_[shape_.channels + i] += static_cast<double>(second_[i]);
     }
     clear();
   }
 
  private:
-  static constexpr int64_t kPending = 64;
+  static constexpr int64_t kPending = 64;  // rows
 
   void clear() {
-    std::fill_n(first_, channels_, 0.0f);
-    std::fill_n(second_, channels_, 0.0f);
+    std::fill_n(first_, folded_, 0.0f);
+    std::fill_n(second_, folded_, 0.0f);
     pending_ = 0;
   }
 
+  const NormActShape& shape_;
   double* totals_;
-  int64_t channels_;
+  int64_t folded_;
   int64_t pending_ = 0;
   alignas(64) float first_[kRoom];
   alignas(64) float second_[kRoom];
@@ -140,7 +146,7 @@ void layer_unit(const NormActBackward& p, const Coefficients& c, bool adds, int6
   const UnitRows unit(s, index);
   const float share = 1 / static_cast<float>(s.channels);
   Buffers buffers(s);
-  ColumnSums columns(adds ? p.workspace + index * 2 * s.channels : nullptr, s.channels);
+  ColumnSums columns(s, adds ? p.workspace + index * 2 * s.channels : nullptr);
   for (int64_t row = unit.begin; row < unit.end; ++row) {
     const Recovered values = recover_rows(p, c, row, 1, buffers);
     columns.add(values, 1);
@@ -176,6 +182,17 @@ void combine_columns(const NormActBackward& p) {
   }
 }
 
+// What belongs to the columns of the sample that a thread is at.
+struct ColumnStatistics {
+  Coefficients coefficients;
+  Tiles<3> memory;
+  Repeated rstd{memory[0]}, first{memory[1]}, second{memory[2]};
+  int64_t sample = -1;
+
+  ColumnStatistics(const NormActShape& s, const NormActAffine& a, const KeptChannels& kept)
+      : coefficients(s, a, kept), memory(s) {}
+};
+
 void enter_sample(const NormActBackward& p, ColumnStatistics& c, int64_t sample) {
   const NormActShape& s = p.shape;
   const bool fixed = s.norm == Norm::kFixed;
@@ -197,7 +214,7 @@ void column_unit(const NormActBackward& p, ColumnStatistics& c, bool adds, bool 
   const UnitRows unit(s, index);
   if (writes && c.sample != unit.sample) enter_sample(p, c, unit.sample);
   Buffers buffers(s);
-  ColumnSums columns(adds ? p.workspace + index * 2 * s.channels : nullptr, s.channels);
+  ColumnSums columns(s, adds ? p.workspace + index * 2 * s.channels : nullptr);
   for (int64_t row = unit.begin; row < unit.end; row += tile_rows(s)) {
     const int64_t rows = std::min(tile_rows(s), unit.end - row);
     const Recovered values = recover_rows(p, c.coefficients, row, rows, buffers);

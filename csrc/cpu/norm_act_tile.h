@@ -180,21 +180,6 @@ inline float sum(const float* v, int64_t count) {
   return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-inline float sum_of_squares(const float* v, int64_t count, float mean) {
-  Floats sums[kWays] = {};
-  const auto add = [mean](Floats& to, Floats values) {
-    values -= mean;
-    to += values * values;
-  };
-  int64_t i = 0;
-  for (; i + kWays * kLanes <= count; i += kWays * kLanes) {
-    for (int k = 0; k < kWays; ++k) add(sums[k], load_vector<float>(v + i + k * kLanes));
-  }
-  for (; i + kLanes <= count; i += kLanes) add(sums[0], load_vector<float>(v + i));
-  if (i < count) add(sums[1], load_part(v + i, count - i, mean));
-  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
-
 struct Sums {
   double first = 0;   // of a * weight
   double second = 0;  // of a * weight * b
@@ -223,20 +208,52 @@ Sums sum_products(const float* a, Affine weight, const float* b, int64_t count) 
   return Sums{sum_lanes(plain + plain_odd), sum_lanes(product + product_odd)};
 }
 
+// Sums of v - centre and of its square.
+inline Sums sums_about(const float* v, int64_t count, float centre) {
+  Floats sums[kWays / 2] = {}, squares[kWays / 2] = {};
+  const auto add = [&](int way, Floats values) {
+    values -= centre;
+    sums[way] += values;
+    squares[way] += values * values;
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    add(0, load_vector<float>(v + i));
+    add(1, load_vector<float>(v + i + kLanes));
+  }
+  for (; i < count; i += kLanes) add(0, load_part(v + i, count - i, centre));
+  return Sums{sum_lanes(sums[0] + sums[1]), sum_lanes(squares[0] + squares[1])};
+}
+
 // Mean and sum of squared differences of a growing set of values; sets are merged as by Chan et al.
 struct Moments {
   double count = 0;
   double mean = 0;
   double squares = 0;
 
-  void merge(double n, double other_mean, double other_squares) {
-    const double total = count + n;
-    const double delta = other_mean - mean;
-    mean += delta * n / total;
-    squares += other_squares + delta * delta * count * n / total;
+  void merge(const Moments& other) {
+    const double total = count + other.count;
+    const double delta = other.mean - mean;
+    mean += delta * other.count / total;
+    squares += other.squares + delta * delta * count * other.count / total;
     count = total;
   }
 };
+
+// Two passes over a tile; the second corrects the mean of the first, whose sum was rounded.
+inline Moments tile_moments(const float* v, int64_t count) {
+  constexpr int64_t kPiece = 1024;  // elements added up in float
+  const double n = static_cast<double>(count);
+  const float centre = sum(v, count) / static_cast<float>(count);
+  Sums total;
+  for (int64_t i = 0; i < count; i += kPiece) {
+    const Sums sums = sums_about(v + i, count - i < kPiece ? count - i : kPiece, centre);
+    total.first += sums.first;
+    total.second += sums.second;
+  }
+  return Moments{n, static_cast<double>(centre) + total.first / n,
+                 total.second - total.first * total.first / n};
+}
 
 inline float reciprocal_std(float var, float eps) { return 1 / __builtin_sqrtf(var + eps); }
 

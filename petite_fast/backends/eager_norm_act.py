@@ -90,11 +90,15 @@ def norm_act(
     wide = torch.promote_types(x.dtype, torch.float32)
     channels_last = is_channels_last(x, norm)
     axis = channel_axis(norm)
+
+    def empty(dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(0, dtype=dtype, device=x.device)
+
     values = x.to(wide)
     if act_first:
         values = _activate(values, activation, _slope(slope, slope_value, x, axis, wide))
     if norm == "fixed":
-        new_mean, new_var = values.new_empty(0), values.new_empty(0)
+        new_mean, new_var = empty(wide), empty(wide)
     else:
         new_var, new_mean = _moments(values, norm, groups)
         mean, var = new_mean, new_var
@@ -117,11 +121,11 @@ def norm_act(
     elif unsafe is not None:
         kept = in_layout(xhat.index_select(axis, unsafe).to(dtype), channels_last)
     else:
-        kept = y.new_empty(0, dtype=dtype)
+        kept = empty(dtype)
     if keep_sign:
         sign = pack_signs(_rows(x if act_first else n, norm, channels_last))
     else:
-        sign = torch.empty(0, dtype=torch.uint8, device=x.device)
+        sign = empty(torch.uint8)
     return y.to(dtype), new_mean, new_var, kept, sign
 
 
@@ -179,14 +183,10 @@ def norm_act_backward(
         normal = n if w is None else n / w
         if xhat is not None and unsafe is not None:
             normal = normal.index_copy(axis, unsafe, xhat.to(wide))
-    if pre is None and (wants_slope or activation == "gelu") and normal is not None:
-        if act_first and mean is not None and rstd is not None:
-            a = normal / rstd + _spread(mean.to(wide), grad_y, norm, groups)
-            pre = a / slopes  # read only where x <= 0
-        else:
-            pre = normal if w is None else normal * w
-            pre = pre if b is None else pre + b
-            pre = pre if residual is None else pre + residual.to(wide)
+    if pre is None and normal is not None and (activation == "gelu" or wants_slope):
+        pre = normal if w is None else normal * w
+        pre = pre if b is None else pre + b
+        pre = pre if residual is None else pre + residual.to(wide)
     positive: torch.Tensor | None
     if sign is not None:
         positive = _from_rows(unpack_signs(sign, _row_length(grad_y, norm)), grad_y, norm)
@@ -201,8 +201,9 @@ def norm_act_backward(
         return grad
 
     grad_n = grad if act_first else through_activation(grad)
-    empty = grad.new_empty(0)
-    grad_x, grad_residual, grad_weight, grad_bias, grad_slope = [empty] * 5
+    grad_x, grad_residual, grad_weight, grad_bias, grad_slope = [
+        torch.empty(0, dtype=wide, device=grad.device) for _ in wants
+    ]
     if wants_residual:
         grad_residual = grad_n.to(grad_y.dtype)
     if wants_bias:
@@ -285,6 +286,9 @@ def _grouped(x: torch.Tensor, norm: str, groups: int) -> tuple[torch.Tensor, lis
 
 def _moments(x: torch.Tensor, norm: str, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Flat biased variance and mean of every statistic."""
+    if x.numel() == 0:  # torch warns
+        zeros = torch.zeros(statistics_count(x.shape, norm, groups), dtype=x.dtype, device=x.device)
+        return zeros, zeros.clone()
     grouped, axes = _grouped(x, norm, groups)
     var, mean = torch.var_mean(grouped, axes, correction=0)
     return var.flatten(), mean.flatten()

@@ -159,24 +159,25 @@ def norm_act(
     """y, mean, variance, xhat and signs as `eager_norm_act.norm_act`; see `can_run_norm_act`."""
     module = _module()
     channels_last = is_channels_last(x, norm)
-    y, empty = torch.empty_like(x), x.new_empty(0)
-    statistics = x.new_empty(statistics_count(x.shape, norm, groups), dtype=torch.float32)
+    y = torch.empty_like(x)
+    statistics = _empty(statistics_count(x.shape, norm, groups), torch.float32)
     new_mean, new_var = statistics, torch.empty_like(statistics)
-    xhat = empty
     if keep_xhat:
         xhat = torch.empty_like(x)
     elif unsafe is not None:
         size = list(x.shape)
         size[channel_axis(norm)] = len(unsafe)
-        xhat = in_layout(x.new_empty(size), channels_last)
+        xhat = in_layout(_empty(size, dtype), channels_last)
+    else:
+        xhat = _empty(0, dtype)
     signs = sign_size(x.shape, norm, channels_last) if keep_sign else (0,)
-    sign = x.new_empty(signs, dtype=torch.uint8)
+    sign = _empty(signs, torch.uint8)
     affine, _alive = _affine(weight, bias, slope, slope_value, unsafe, x, norm)
     fixed = norm == "fixed"
     used = (_floats(mean), _floats(var)) if fixed else (new_mean, new_var)
     shape = _shape(x, norm, groups, act_first, eps)
     operand = native._operand(x)
-    workspace = x.new_empty(module.norm_act_workspace(shape, operand), dtype=torch.float64)
+    workspace = _empty(module.norm_act_workspace(shape, operand), torch.float64)
     module.norm_act(
         shape, affine, operand, native._operand(residual), native._operand(y),
         native._operand(used[0]), native._operand(used[1]), _given(xhat), _given(sign),
@@ -210,23 +211,22 @@ def norm_act_backward(
     """Gradients as `eager_norm_act.norm_act_backward`; see `can_run_norm_act_backward`."""
     module = _module()
     channels = grad_y.shape[channel_axis(norm)]
-    empty = grad_y.new_empty(0, dtype=torch.float32)
-    grad_x = torch.empty_like(grad_y) if wants[0] else torch.empty_like(empty)
-    grad_residual = torch.empty_like(grad_y) if wants[1] else torch.empty_like(empty)
-    grad_weight = empty.new_empty(channels if wants[2] else 0)
-    grad_bias = empty.new_empty(channels if wants[3] else 0)
+    grad_x = torch.empty_like(grad_y) if wants[0] else _empty(0, torch.float32)
+    grad_residual = torch.empty_like(grad_y) if wants[1] else _empty(0, torch.float32)
+    grad_weight = _empty(channels if wants[2] else 0, torch.float32)
+    grad_bias = _empty(channels if wants[3] else 0, torch.float32)
     affine, _alive = _affine(weight, bias, slope, slope_value, unsafe, grad_y, norm)
     variance = _floats(var)
     shape = _shape(grad_y, norm, groups, act_first, eps)
     operand = native._operand(grad_y)
-    workspace = empty.new_empty(module.norm_act_workspace(shape, operand), dtype=torch.float64)
+    workspace = _empty(module.norm_act_workspace(shape, operand), torch.float64)
     module.norm_act_backward(
         shape, affine, _SOURCES[source], operand, native._operand(kept), native._operand(xhat),
         native._operand(residual), _given(sign), native._operand(variance), _given(grad_x),
         _given(grad_residual), _given(grad_weight), _given(grad_bias),
         native._operand(workspace), torch.get_num_threads(),
     )  # fmt: skip
-    return grad_x, grad_residual, grad_weight, grad_bias, empty
+    return grad_x, grad_residual, grad_weight, grad_bias, _empty(0, torch.float32)
 
 
 def can_run_pack_signs(x: torch.Tensor) -> tuple[bool, str]:
@@ -239,7 +239,7 @@ def can_run_pack_signs(x: torch.Tensor) -> tuple[bool, str]:
 def pack_signs(x: torch.Tensor) -> torch.Tensor:
     """As `eager_norm_act.pack_signs`, for tensors that `can_run_pack_signs` accepts."""
     length = x.shape[-1]
-    bits = x.new_empty((*x.shape[:-1], (length + 7) // 8), dtype=torch.uint8)
+    bits = _empty((*x.shape[:-1], (length + 7) // 8), torch.uint8)
     _module().pack_signs(
         x.numel() // length, length, native._operand(x), _given(bits), torch.get_num_threads()
     )
@@ -253,7 +253,7 @@ def can_run_unpack_signs(bits: torch.Tensor, size: int) -> tuple[bool, str]:
 
 def unpack_signs(bits: torch.Tensor, size: int) -> torch.Tensor:
     """As `eager_norm_act.unpack_signs`, for tensors that `can_run_unpack_signs` accepts."""
-    positive = bits.new_empty((*bits.shape[:-1], size), dtype=torch.bool)
+    positive = _empty((*bits.shape[:-1], size), torch.bool)
     _module().unpack_signs(
         math.prod(bits.shape[:-1]), size, _given(bits), _given(positive), torch.get_num_threads()
     )
@@ -298,6 +298,10 @@ def _affine(
     vectors = [_floats(t) for t in (weight, bias, slope)]
     w, b, s = (native._operand(t) for t in vectors)
     return (w, b, s, slope_value, _given(unsafe)), [*vectors, unsafe]
+
+
+def _empty(size: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device="cpu")
 
 
 def _floats(vector: torch.Tensor | None) -> torch.Tensor | None:

@@ -44,14 +44,14 @@ def norm_act(
     the size of x; statistics are one or two numbers per mean):
 
     - batch norm with running statistics, which is linear: the signs (1/32 of a float32 unit);
-      nothing for the identity; x for gelu; y or x besides if the weight or the slope trains.
+      nothing for the identity; x for gelu. If the weight or the slope trains, y besides, or x.
     - activation invertible (identity, slope >= 1e-4): y, which the next layer keeps anyway, and
-      the residual. xhat is read back from y where ``|weight| >= 1e-2`` and
-      ``|bias| <= 10 |weight|``; that of the other channels is kept beside it. "act_norm" keeps
-      the signs too, for any slope.
+      the residual. xhat is read back from y where ``|weight| >= 1e-2`` and ``|bias| <= 10
+      |weight|`` (with a residual ``|bias| + 1``); that of the other channels is kept beside it.
+      "act_norm" keeps the signs too, for any slope.
     - else xhat and the signs (gelu: xhat alone), as for weights under torch.compile and in CUDA
-      graph capture, where values cannot be looked at. "act_norm" with gelu, or with a slope that
-      trains and cannot be divided by, keeps x.
+      graph capture, where values cannot be looked at. "act_norm" keeps x for gelu and for a slope
+      that trains.
 
     The look at weight, bias and slope is remembered until one of them changes; a change through
     ``.data`` is not seen.

@@ -13,6 +13,8 @@ from petite_fast.ops.adapted import LARGEST_SHIFT, SMALLEST_GAMMA
 
 # n = y / slope is read back only where that division is harmless, in float16 too.
 SMALLEST_SLOPE = 1e-4
+# A residual cancels like a bias. It is counted as one of 1: nobody looks at its values.
+RESIDUAL_SHIFT = 1.0
 
 
 class Spec(NamedTuple):
@@ -60,29 +62,21 @@ def make_plan(
     bends = (wants_x or wants_slope) if act_first else wants_any  # a gradient goes through act
     if not (wants_xhat or (gelu and bends)):
         return Plan("none", kinked and bends, False, False, False)
-    if gelu and (fixed or act_first):
-        return Plan("x", False, True, not act_first, not act_first)
+    if act_first and (gelu or wants_slope):  # the gradient needs act's input, not its sign
+        return Plan("x", False, True, False, False)
     # n is put together again from xhat for gelu and for a slope's gradient.
-    rebuilds = not act_first and (gelu or wants_slope)
-    plain = Plan("xhat", kinked and bends, act_first and wants_slope, rebuilds, rebuilds)
-    if fixed:
-        plain = Plan("x", kinked and not act_first, True, rebuilds, rebuilds)
-    if gelu:
+    rebuilds = gelu or wants_slope
+    plain = Plan("x" if fixed else "xhat", kinked and bends, fixed, rebuilds, rebuilds)
+    if gelu or (kinked and not act_first and not _slope_is_invertible(slope, spec.slope)):
         return plain
-    if act_first and wants_slope:
-        plain = Plan("x", False, True, False, False)
-    if kinked and (wants_slope or not act_first) and not _slope_is_invertible(slope, spec.slope):
-        return plain
-    if weight is None and bias is None:
-        unsafe = None
-    elif not _can_look(x):
-        return plain
-    else:
-        unsafe = _unsafe_channels(weight, bias)
+    unsafe = None
+    if weight is not None or bias is not None:
+        if not _can_look(x):
+            return plain
+        unsafe = _unsafe_channels(weight, bias, 0.0 if residual is None else RESIDUAL_SHIFT)
         if unsafe is not None and (fixed or len(unsafe) == x.shape[channel_axis(spec.norm)]):
             return plain
-    sign = kinked and act_first and bends
-    return Plan("y", sign, act_first and wants_slope, True, True, unsafe)
+    return Plan("y", kinked and act_first and bends, False, True, True, unsafe)
 
 
 def _can_look(x: torch.Tensor) -> bool:
@@ -105,27 +99,31 @@ def _slope_is_invertible(slope: torch.Tensor | None, value: float) -> bool:
     return known[1]
 
 
-def _unsafe_channels(weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
+def _unsafe_channels(
+    weight: torch.Tensor | None, bias: torch.Tensor | None, shift: float
+) -> torch.Tensor | None:
     """Indices of the channels whose xhat cannot be read from y without loss; None if all can."""
-    state = [_state(t) for t in (weight, bias) if t is not None]
+    state = [shift, *(_state(t) for t in (weight, bias) if t is not None)]
     key = bias if weight is None else weight
     known = _affines.get(key)
     if known is None or known[0] != state or known[1]() is not bias:
-        unsafe = _find_unsafe(weight, bias)
+        unsafe = _find_unsafe(weight, bias, shift)
         known = state, (lambda: None) if bias is None else weakref.ref(bias), unsafe
         _affines[key] = known
     return known[2]
 
 
-def _find_unsafe(weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
+def _find_unsafe(
+    weight: torch.Tensor | None, bias: torch.Tensor | None, shift: float
+) -> torch.Tensor | None:
     with torch.no_grad():
-        size = None if weight is None else weight.abs()
-        safe = None if size is None else size >= SMALLEST_GAMMA
-        if bias is not None:
-            shifts = bias.abs() <= LARGEST_SHIFT * (1.0 if size is None else size)
-            safe = shifts if safe is None else safe & shifts
-        unsafe = None if safe is None else (~safe).nonzero().flatten()
-    return unsafe if unsafe is not None and len(unsafe) else None
+        size = 1.0 if weight is None else weight.abs()
+        shifts = shift if bias is None else bias.abs() + shift
+        safe = torch.as_tensor(shifts <= LARGEST_SHIFT * size)
+        if weight is not None:
+            safe = safe & (size >= SMALLEST_GAMMA)
+        unsafe = (~safe).nonzero().flatten()
+    return unsafe if len(unsafe) else None
 
 
 def _state(tensor: torch.Tensor) -> tuple[int, int]:

@@ -80,6 +80,11 @@ class Ledger(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "aten":  # inside an op of ours, composite ones come as they are
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         before = self._level
         out = self._run(func, args, kwargs)
         for tensor in _tensors(out):
