@@ -213,6 +213,32 @@ void bind_compress(py::module_& m) {
       "The values that `quantise` stored, rounded once to the dtype of `values`.");
 }
 
+void bind_dropout(py::module_& m) {
+  m.def(
+      "dropout",
+      [](const Operand& x, const Operand& y, double p, const std::array<uint32_t, 2>& keys,
+         int threads) {
+        const int64_t count = std::get<2>(x);
+        require(present(x) && present(y) && count > 0, "x and y must not be null or empty");
+        check_operand("x", x, count);
+        check_operand("y", y, count);
+        require(dtype_of(x) != DType::kFloat64 && dtype_of(x) == dtype_of(y),
+                "x and y must be of one dtype, not float64");
+        require(p >= 0 && p < 1, "p must be in [0, 1)");
+        require(threads > 0, "threads must be positive" + got(threads));
+        DropoutParams params{data_of(x),
+                             data_of(y),
+                             dtype_of(x),
+                             count,
+                             static_cast<int32_t>(std::llrint(p * (1 << kFractionBits))),
+                             static_cast<float>(1 / (1 - p)),
+                             {keys[0], keys[1]}};
+        py::gil_scoped_release release;
+        dropout(params, threads);
+      },
+      "Dropout by a hash of the seed.");
+}
+
 // The index and conversion functions that host and device share, for the tests.
 void bind_testing(py::module_& testing) {
   testing.def("output_size", [](const Triple& input, const Triple& kernel, const Triple& stride,
@@ -278,6 +304,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_isa", &petite_fast::set_isa, "Choose the CPU instruction set by name.");
   petite_fast::bind_effective_weight(m, testing);
   petite_fast::bind_compress(m);
+  petite_fast::bind_dropout(m);
   petite_fast::bind_norm_act(m);
   petite_fast::bind_testing(testing);
 }

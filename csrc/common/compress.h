@@ -11,13 +11,13 @@
 
 #include "common/dtype.h"
 #include "common/macros.h"
+#include "common/random.h"
 
 namespace petite_fast {
 
-constexpr int kCompressBlock = 256;
+constexpr int kCompressBlock = kRandomBlock;
 constexpr int kLevels = 127;  // codes are -kLevels..kLevels
-// A code is computed with this many fraction bits; kLevels + 1 of them still fit an int32.
-constexpr int kFractionBits = 23;
+// A code is computed with kFractionBits fraction bits; kLevels + 1 of them still fit an int32.
 constexpr float kFixedPoint = static_cast<float>(kLevels) * (1 << kFractionBits);
 constexpr float kLevelSize = 1.0f / kLevels;
 // Blocks smaller than kSmall are lifted first (exactly): kFixedPoint / scale would overflow.
@@ -25,7 +25,6 @@ constexpr float kSmall = 0x1p-60f;
 constexpr float kLift = 0x1p64f;
 constexpr uint32_t kNonFinite = 0x7f800000u;
 constexpr uint32_t kQuietNaN = 0x7fc00000u;
-constexpr uint32_t kGolden = 0x9e3779b9u;
 
 struct QuantiseParams {
   const void* values;  // `count` elements of dtype, in memory order
@@ -46,30 +45,6 @@ struct DequantiseParams {
 
 PF_HOST_DEVICE int64_t block_count(int64_t count) {
   return (count + kCompressBlock - 1) / kCompressBlock;
-}
-
-// A bijection of 32 bits in which every input bit flips every output bit about half the time
-// (lowbias32, from Wellons' hash-prospector).
-PF_HOST_DEVICE uint32_t mix(uint32_t h) {
-  h = (h ^ (h >> 16)) * 0x7feb352du;
-  h = (h ^ (h >> 15)) * 0x846ca68bu;
-  return h ^ (h >> 16);
-}
-
-PF_HOST_DEVICE uint32_t absorb(uint32_t h, uint32_t word) { return mix((h ^ word) + kGolden); }
-
-// A key of the seed, made a key of the block.
-PF_HOST_DEVICE uint32_t block_key(uint32_t key, int64_t block) {
-  const auto index = static_cast<uint64_t>(block);
-  return absorb(absorb(key, static_cast<uint32_t>(index)), static_cast<uint32_t>(index >> 32));
-}
-
-// kFractionBits random bits of one element of the block whose keys are given: `mix`, keyed twice.
-PF_HOST_DEVICE int32_t random_fraction(uint32_t first, uint32_t second, uint32_t lane) {
-  uint32_t h = first + lane * kGolden;
-  h = ((h ^ (h >> 16)) * 0x7feb352du) ^ second;
-  h = (h ^ (h >> 15)) * 0x846ca68bu;
-  return static_cast<int32_t>((h ^ (h >> 16)) >> (32 - kFractionBits));
 }
 
 // How a block of largest magnitude `bits` (a float's bits without the sign, so that a NaN is above

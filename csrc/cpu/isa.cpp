@@ -79,60 +79,27 @@ void set_isa(const std::string& name) {
                               "; this CPU runs " + joined(usable_isas()));
 }
 
-void effective_weight(const EffectiveWeightParams& p, int threads) {
+// The operator of the chosen instruction set.
 #if defined(PF_HAVE_X86_ISAS)
-  if (current_isa() == Isa::kAvx512) return avx512::effective_weight(p, threads);
-  if (current_isa() == Isa::kAvx2) return avx2::effective_weight(p, threads);
+#define PF_DISPATCH(name, Params)                                       \
+  void name(const Params& p, int threads) {                             \
+    if (current_isa() == Isa::kAvx512) return avx512::name(p, threads); \
+    if (current_isa() == Isa::kAvx2) return avx2::name(p, threads);     \
+    baseline::name(p, threads);                                         \
+  }
+#else
+#define PF_DISPATCH(name, Params) \
+  void name(const Params& p, int threads) { baseline::name(p, threads); }
 #endif
-  baseline::effective_weight(p, threads);
-}
 
-void quantise(const QuantiseParams& p, int threads) {
-#if defined(PF_HAVE_X86_ISAS)
-  if (current_isa() == Isa::kAvx512) return avx512::quantise(p, threads);
-  if (current_isa() == Isa::kAvx2) return avx2::quantise(p, threads);
-#endif
-  baseline::quantise(p, threads);
-}
-
-void dequantise(const DequantiseParams& p, int threads) {
-#if defined(PF_HAVE_X86_ISAS)
-  if (current_isa() == Isa::kAvx512) return avx512::dequantise(p, threads);
-  if (current_isa() == Isa::kAvx2) return avx2::dequantise(p, threads);
-#endif
-  baseline::dequantise(p, threads);
-}
-
-void norm_act(const NormActForward& p, int threads) {
-#if defined(PF_HAVE_X86_ISAS)
-  if (current_isa() == Isa::kAvx512) return avx512::norm_act(p, threads);
-  if (current_isa() == Isa::kAvx2) return avx2::norm_act(p, threads);
-#endif
-  baseline::norm_act(p, threads);
-}
-
-void norm_act_backward(const NormActBackward& p, int threads) {
-#if defined(PF_HAVE_X86_ISAS)
-  if (current_isa() == Isa::kAvx512) return avx512::norm_act_backward(p, threads);
-  if (current_isa() == Isa::kAvx2) return avx2::norm_act_backward(p, threads);
-#endif
-  baseline::norm_act_backward(p, threads);
-}
-
-void pack_signs(const SignRows& p, int threads) {
-#if defined(PF_HAVE_X86_ISAS)
-  if (current_isa() == Isa::kAvx512) return avx512::pack_signs(p, threads);
-  if (current_isa() == Isa::kAvx2) return avx2::pack_signs(p, threads);
-#endif
-  baseline::pack_signs(p, threads);
-}
-
-void unpack_signs(const SignRows& p, int threads) {
-#if defined(PF_HAVE_X86_ISAS)
-  if (current_isa() == Isa::kAvx512) return avx512::unpack_signs(p, threads);
-  if (current_isa() == Isa::kAvx2) return avx2::unpack_signs(p, threads);
-#endif
-  baseline::unpack_signs(p, threads);
-}
+PF_DISPATCH(effective_weight, EffectiveWeightParams)
+PF_DISPATCH(quantise, QuantiseParams)
+PF_DISPATCH(dequantise, DequantiseParams)
+PF_DISPATCH(dropout, DropoutParams)
+PF_DISPATCH(norm_act, NormActForward)
+PF_DISPATCH(norm_act_backward, NormActBackward)
+PF_DISPATCH(pack_signs, SignRows)
+PF_DISPATCH(unpack_signs, SignRows)
+#undef PF_DISPATCH
 
 }  // namespace petite_fast

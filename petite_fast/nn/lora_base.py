@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from petite_fast.nn.adapted import AdaptedLayer
 from petite_fast.nn.frozen import conv_like, freeze, require_type
 from petite_fast.nn.weight_cache import CachedWeight
 from petite_fast.ops import effective_weight
 from petite_fast.ops.adapted import compute_dtype
+from petite_fast.ops.dropout import dropout
+from petite_fast.ops.remade import remember
 
 Pair = tuple[Tensor, Tensor]
 """A and B of one adapter."""
@@ -30,6 +31,12 @@ def check_rank(r: Any, lora_dropout: Any) -> None:
         raise ValueError(f"r: got {r!r}, wanted a positive int")
     if not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout: got {lora_dropout!r}, wanted a number in [0, 1)")
+
+
+def reduce_again(op: Callable[..., Tensor], x: Tensor, lora_A: Tensor) -> Tensor:
+    """op(x, A): a few channels, which are not kept but made again where x is kept anyway."""
+    low = op(x, lora_A)
+    return remember(low, [x, lora_A], op) if lora_A.requires_grad else low
 
 
 class LoRALayer(AdaptedLayer):
@@ -242,17 +249,15 @@ class LoRALayer(AdaptedLayer):
         return self.training and self.lora_dropout > 0.0 and not self.is_folded
 
     def _branch(self, x: Tensor, *arguments: Any) -> Tensor:
-        """scaling * B(A(dropout(x))), recomputed in backward with the same mask: keeps x alone."""
-        if not torch.is_grad_enabled():
-            return self._low_rank(x, self.lora_A, self.lora_B, *arguments)
-        return checkpoint(
-            self._low_rank,
-            x,
-            self.lora_A,
-            self.lora_B,
-            *arguments,
-            use_reentrant=False,
-            preserve_rng_state=self.lora_dropout > 0.0,
+        """scaling * B(A(dropout(x))): keeps x, or A(dropout(x)) where A does not train (LoRA-FA).
+
+        The mask and A(dropout(x)) are made again in backward.
+        """
+        x = x.to(compute_dtype(x, self.weight))
+        if self.training and self.lora_dropout > 0.0:
+            x = dropout(x, self.lora_dropout)
+        return self._low_rank(
+            x, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype) * self.scaling, *arguments
         )
 
     def _low_rank(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, *arguments: Any) -> Tensor:

@@ -8,6 +8,7 @@ from petite_fast.ops.adapted_linear import adapted_linear
 from petite_fast.ops.bits import pack_signs, unpack_signs
 from petite_fast.ops.bottleneck import bottleneck
 from petite_fast.ops.compress import dequantise, quantise, storage
+from petite_fast.ops.dropout import dropout
 from petite_fast.ops.library import effective_weight as _effective_weight
 from petite_fast.ops.memory import saved_bytes
 from petite_fast.ops.norm_act import norm_act
@@ -20,6 +21,7 @@ __all__ = [
     "bottleneck",
     "concatenate",
     "dequantise",
+    "dropout",
     "effective_weight",
     "frozen_batch_norm",
     "masked_activation",

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from petite_fast.backends.eager_compress import BLOCK, block_count
+from petite_fast.backends.eager_random import BLOCK, block_count
 from petite_fast.ops import library
 
 MODES = ("exact", "int8")
@@ -57,7 +57,7 @@ def quantise(x: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed}, wanted 0 to 2^63 - 1")
     with torch.no_grad():
-        codes, scales = library.quantise(_dense(x), torch.tensor(seed, device="cpu"))
+        codes, scales = library.quantise(dense(x), torch.tensor(seed, device="cpu"))
     return codes, scales
 
 
@@ -89,7 +89,7 @@ def dequantise(
     meta = torch.empty(tuple(size), device="meta")
     if stride is not None:
         meta = torch.empty_strided(tuple(size), tuple(stride), device="meta")
-        if _dense(meta) is not meta:
+        if dense(meta) is not meta:
             raise ValueError(f"stride: got {tuple(stride)}, wanted strides without gaps or overlap")
     blocks = block_count(meta.numel())
     for name, tensor, kind, length in (
@@ -193,9 +193,9 @@ def keep(tensor: torch.Tensor) -> tuple[Kept, Packing | None]:
             codes, scales = packed.codes(), packed.scales()
             if codes is not None and scales is not None:
                 return (codes, scales), packed.packing
-    dense = _dense(tensor)
-    packing = Packing(dense.shape, dense.stride(), dense.dtype)
-    codes, scales = library.quantise(dense, seed)
+    values = dense(tensor)
+    packing = Packing(values.shape, values.stride(), values.dtype)
+    codes, scales = library.quantise(values, seed)
     if shareable:
         _packed()[tensor] = _Packed(
             tensor._version, TensorWeakRef(codes), TensorWeakRef(scales), packing
@@ -219,7 +219,7 @@ def _packed() -> Any:
     return _thread.packed
 
 
-def _dense(x: torch.Tensor) -> torch.Tensor:
+def dense(x: torch.Tensor) -> torch.Tensor:
     """x if its elements fill a piece of memory without gaps or overlap, else a contiguous copy."""
     if x.is_contiguous():
         return x

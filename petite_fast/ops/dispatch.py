@@ -7,7 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from petite_fast import settings
-from petite_fast.backends import eager, native, native_compress, native_norm_act, triton
+from petite_fast.backends import (
+    eager,
+    native,
+    native_compress,
+    native_dropout,
+    native_norm_act,
+    triton,
+)
 
 Predicate = Callable[..., tuple[bool, str]]
 
@@ -26,6 +33,10 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
     "dequantise": [
         ("triton", triton.can_run_dequantise, triton.dequantise),
         ("native", native_compress.can_run_dequantise, native_compress.dequantise),
+    ],
+    "dropout": [
+        ("triton", triton.can_run_dropout, triton.dropout),
+        ("native", native_dropout.can_run_dropout, native_dropout.dropout),
     ],
     "norm_act": [
         ("native", native_norm_act.can_run_norm_act, native_norm_act.norm_act),

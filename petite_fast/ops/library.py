@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from petite_fast.backends import eager, eager_norm_act
-from petite_fast.backends.eager_compress import BLOCK, block_count
+from petite_fast.backends.eager_random import BLOCK, block_count
 from petite_fast.ops import dispatch
 from petite_fast.ops.geometry import make_geometry
 
@@ -157,6 +157,10 @@ dequantise = _define(
     "dequantise",
     "Tensor codes, Tensor scales, SymInt[] size, SymInt[] stride, ScalarType dtype",
     _fake_dequantise,
+)
+# As for quantise: x is dense, the seed is on the CPU.
+dropout = _define(
+    "dropout", "Tensor x, float p, Tensor seed", lambda x, p, seed: torch.empty_like(x)
 )
 
 

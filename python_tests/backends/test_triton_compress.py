@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from petite_fast.backends import eager_compress
+from petite_fast.backends import eager_compress, eager_random
 from petite_fast.backends import triton as backend
 
 triton = pytest.importorskip("triton")
@@ -97,17 +97,33 @@ def test_interpreted_other_memory_formats() -> None:
         assert (restored - y).abs().max() <= y.abs().max() / 127
 
 
+@interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_interpreted_dropout_is_eager_bit_by_bit(dtype: torch.dtype) -> None:
+    from petite_fast.backends.triton import random
+
+    for count in (1, 255, 257, 256 * 9 + 40):
+        x = draw(count, dtype, "plain")
+        for seed in (0, 2**33 + 5, 2**63 - 1):
+            arguments = (x, 0.3, torch.tensor(seed))
+            assert torch.equal(random.dropout(*arguments), eager_random.dropout(*arguments))
+
+
 def compiled(name: str, dtype: str, capability: int) -> Any:
     """A kernel for a GPU that is not there, with the hints that a launch on 16 n elements gives."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from petite_fast.backends.triton import compress
+    from petite_fast.backends.triton import compress, random
 
     signature = {
         "quantise": {
             "x": f"*{dtype}", "codes": "*i8", "scales": "*fp32", "key0": "i32", "key1": "i32",
             "count": "i32",
+        },
+        "dropout": {
+            "x": f"*{dtype}", "out": f"*{dtype}", "key0": "i32", "key1": "i32", "threshold": "i32",
+            "scale": "fp32", "count": "i32",
         },
         "dequantise": {"codes": "*i8", "scales": "*fp32", "out": f"*{dtype}", "count": "i32"},
     }[name]  # fmt: skip
@@ -117,7 +133,7 @@ def compiled(name: str, dtype: str, capability: int) -> Any:
         if kind.startswith("*") or argument == "count"
     ]
     source = ASTSource(
-        fn=getattr(compress, f"{name}_kernel"),
+        fn=getattr(random if name == "dropout" else compress, f"{name}_kernel"),
         signature={**signature, "ROWS": "constexpr"},
         constexprs={"ROWS": compress.ROWS},
         attrs={place: [["tt.divisibility", 16]] for place in aligned},
@@ -128,7 +144,7 @@ def compiled(name: str, dtype: str, capability: int) -> Any:
 
 @compiler
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name", ["quantise", "dequantise"])
+@pytest.mark.parametrize("name", ["quantise", "dequantise", "dropout"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled(name: str, dtype: str, capability: int, tmp_path: Path) -> None:
     import triton.backends.nvidia
@@ -139,12 +155,12 @@ def test_compiled(name: str, dtype: str, capability: int, tmp_path: Path) -> Non
     # Bit by bit the others' arithmetic: true division, no flush to zero, nothing fused.
     assert "ftz" not in ptx and "fma" not in ptx and "div.full" not in ptx
     assert ("div.rn.f32" in ptx) == (name == "quantise")
-    if name == "dequantise" and dtype != "fp32":
+    if name != "quantise" and dtype != "fp32":
         assert re.search(rf"cvt\.rn\.{dtype.replace('fp', 'f')}", ptx)
     # Sixteen bytes at a time, but for the scales.
     accesses = set(re.findall(r"(?:ld|st)\.global\S*", ptx))
-    scales = "st.global.b32" if name == "quantise" else "ld.global.b32"
-    assert accesses == {"ld.global.v4.b32", "st.global.v4.b32", scales}
+    scales = {"quantise": {"st.global.b32"}, "dequantise": {"ld.global.b32"}}.get(name, set())
+    assert accesses == {"ld.global.v4.b32", "st.global.v4.b32"} | scales
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"

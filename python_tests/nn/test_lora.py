@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from petite_fast import FrozenConv3d, LoRAConv3d, LoRAConvTranspose3d, LoRALinear
-from petite_fast.ops import saved_bytes
+from petite_fast.ops import dropout, saved_bytes
 
 CONV = [
     dict(kernel_size=1),
@@ -245,7 +245,7 @@ def test_dropout_branch(cls, case):
     torch.manual_seed(7)
     y = layer(x)
     torch.manual_seed(7)
-    mask = F.dropout(torch.ones_like(x), 0.4)
+    mask = dropout(torch.ones_like(x), 0.4)
     assert (mask == 0).any()
 
     base = plain(layer, torch_class, case)
@@ -268,8 +268,7 @@ def test_dropout_branch(cls, case):
 def test_dropout_keeps_the_input_alone_and_is_off_in_eval():
     layer = make(LoRAConv3d, dict(kernel_size=3, padding=1), dtype=torch.float32, lora_dropout=0.5)
     x = torch.randn(2, 4, 8, 8, 8)
-    state = torch.get_rng_state().numel()  # checkpoint keeps the generator's state, not a mask
-    assert saved_bytes(lambda: layer(x)) <= x.nbytes + state
+    assert saved_bytes(lambda: layer(x)) == x.nbytes + layer.lora_B.nbytes  # scaled
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))

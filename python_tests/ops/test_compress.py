@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from petite_fast.backends import eager_compress
+from petite_fast.backends import eager_random
 from petite_fast.ops import dequantise, quantise, reference
 
 OPS = torch.ops.petite_fast
@@ -39,8 +39,8 @@ def test_codes_are_the_formula_of_the_reference(dtype: torch.dtype, count: int) 
     assert codes.shape == (blocks * BLOCK,) and codes.dtype == torch.int8
     assert scales.shape == (blocks,) and scales.dtype == torch.float32
     index = torch.arange(blocks).unsqueeze(1)
-    keys = [eager_compress._block_key(k, index) for k in eager_compress.seed_keys(seed)]
-    uniform = eager_compress._random_fraction(*keys).double() / 2**eager_compress.FRACTION_BITS
+    keys = [eager_random.block_key(k, index) for k in eager_random.seed_keys(seed)]
+    uniform = eager_random.random_fraction(*keys).double() / 2**eager_random.FRACTION_BITS
     wanted, largest = reference.quantise(x.double(), uniform)
     assert torch.equal(scales.double(), largest)
     # A float32 product may fall on the other side of a threshold that it all but touches.

@@ -72,3 +72,18 @@ def dequantise(
 
     with torch.cuda.device(codes.device):
         return compress.dequantise(codes, scales, size, stride, dtype)
+
+
+def can_run_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> tuple[bool, str]:
+    """Whether `dropout` takes these arguments, and why not."""
+    if x.dtype == torch.float64:
+        return False, "no kernel for torch.float64"
+    return _can_run(x.device, x.numel())
+
+
+def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+    """x / (1 - p) or 0, by a hash of the seed; only for what `can_run_dropout` accepts."""
+    from petite_fast.backends.triton import random
+
+    with torch.cuda.device(x.device):
+        return random.dropout(x, p, seed)

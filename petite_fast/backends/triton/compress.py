@@ -16,39 +16,23 @@ import torch
 import triton
 import triton.language as tl
 
-from petite_fast.backends import eager_compress
-from petite_fast.backends.eager_compress import block_count, memory_order, seed_keys
+from petite_fast.backends import eager_compress, eager_random
+from petite_fast.backends.eager_random import block_count, memory_order
+from petite_fast.backends.triton.random import (
+    BLOCK,
+    FRACTION_BITS,
+    OPTIONS,
+    ROWS,
+    launch_keys,
+    random_fraction,
+)
 
-BLOCK = tl.constexpr(eager_compress.BLOCK)
 LEVELS = tl.constexpr(eager_compress.LEVELS)
-FRACTION_BITS = tl.constexpr(eager_compress.FRACTION_BITS)
 FIXED_POINT = tl.constexpr(eager_compress.FIXED_POINT)
 LEVEL_SIZE = tl.constexpr(eager_compress.LEVEL_SIZE)
 SMALL = tl.constexpr(eager_compress.SMALL)
 LIFT = tl.constexpr(eager_compress.LIFT)
 NON_FINITE = tl.constexpr(0x7F800000)  # bits of infinity
-GOLDEN = tl.constexpr(0x9E3779B9)
-FIRST = tl.constexpr(0x7FEB352D)
-SECOND = tl.constexpr(0x846CA68B)
-
-ROWS = 8  # blocks per program
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-
-
-@triton.jit
-def _absorb(h, word):
-    """Mix a word into a hash, all uint32."""
-    h = (h ^ word) + GOLDEN
-    h = (h ^ (h >> 16)) * FIRST
-    h = (h ^ (h >> 15)) * SECOND
-    return h ^ (h >> 16)
-
-
-@triton.jit
-def _block_key(key, block):
-    """A key of the seed (int32), made a key of each block (int64)."""
-    key = _absorb(key.to(tl.uint32, bitcast=True), block.to(tl.uint32))
-    return _absorb(key, (block >> 32).to(tl.uint32))
 
 
 @triton.jit(do_not_specialize=["key0", "key1"])
@@ -76,11 +60,7 @@ def quantise_kernel(
     factor = tl.div_rn(tl.full([ROWS], FIXED_POINT, tl.float32), tl.where(usable, lifted, 1.0))
     fixed = tl.where(usable[:, None], values * lift[:, None] * factor[:, None], 0.0).to(tl.int32)
 
-    h = _block_key(key0, block)[:, None] + lane.to(tl.uint32)[None, :] * GOLDEN
-    h = ((h ^ (h >> 16)) * FIRST) ^ _block_key(key1, block)[:, None]
-    h = (h ^ (h >> 15)) * SECOND
-    fraction = ((h ^ (h >> 16)) >> (32 - FRACTION_BITS)).to(tl.int32)
-
+    fraction = random_fraction(key0, key1, block)
     code = (fixed + fraction) >> FRACTION_BITS
     code = tl.minimum(tl.maximum(code, -LEVELS), LEVELS)
     code = tl.where(usable[:, None], code, 0)
@@ -104,11 +84,10 @@ def dequantise_kernel(codes, scales, out, count, ROWS: tl.constexpr):
 def quantise(x: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and block scales of a dense tensor that is not empty."""
     blocks = block_count(x.numel())
-    codes = torch.empty(blocks * eager_compress.BLOCK, dtype=torch.int8, device=x.device)
+    codes = torch.empty(blocks * eager_random.BLOCK, dtype=torch.int8, device=x.device)
     scales = torch.empty(blocks, dtype=torch.float32, device=x.device)
-    keys = [key - ((key >> 31) << 32) for key in seed_keys(int(seed))]  # as int32
     quantise_kernel[(triton.cdiv(blocks, ROWS),)](
-        memory_order(x), codes, scales, *keys, x.numel(), ROWS=ROWS, **OPTIONS
+        memory_order(x), codes, scales, *launch_keys(seed), x.numel(), ROWS=ROWS, **OPTIONS
     )
     return codes, scales
 
