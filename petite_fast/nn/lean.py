@@ -16,12 +16,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.checkpoint import checkpoint
 
 from petite_fast.nn.frozen import require_type
+from petite_fast.nn.lora import LoRALinear
 from petite_fast.nn.norm import FrozenBatchNorm3d
 from petite_fast.nn.ssf import SSFBatchNorm3d, SSFGroupNorm, SSFInstanceNorm3d, SSFLayerNorm
 from petite_fast.nn.twin import Twin
 from petite_fast.ops.activation import masked_activation
 from petite_fast.ops.compress import storage
+from petite_fast.ops.dropout import dropout
 from petite_fast.ops.norm_act import norm_act
+from petite_fast.ops.remade import remember
 
 NORM_ACT, ACT_NORM = "norm_act", "act_norm"
 
@@ -51,7 +54,7 @@ def fused(
 
 def is_norm(module: nn.Module) -> bool:
     """Whether `fused` takes this norm: one of torch's, frozen or with SSF, that nobody hooks."""
-    if not isinstance(module, _NORMS) or _has_hooks(module):
+    if not isinstance(module, _NORMS) or has_hooks(module):
         return False
     if isinstance(module, nn.LayerNorm):
         return len(module.normalized_shape) == 1
@@ -63,12 +66,13 @@ def is_norm(module: nn.Module) -> bool:
 
 def is_activation(module: nn.Module) -> bool:
     """Whether `fused` takes this activation."""
-    if type(module) not in _ACTIVATIONS or _has_hooks(module):
+    if type(module) not in _ACTIVATIONS or has_hooks(module):
         return False
     return not isinstance(module, nn.GELU) or module.approximate == "none"
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what this module is given or gives."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks
         or module._backward_hooks or module._backward_pre_hooks
@@ -234,29 +238,113 @@ def can_be_chain(module: nn.Module) -> bool:
 
 
 class RecomputedTwin(Twin):
-    """In front of an MLP: keeps its inputs only, and computes it again in backward."""
+    """In front of an MLP, drop2(fc2(drop1(act(fc1(x))))): keeps its inputs only.
+
+    Backward computes fc1 again, and act where fc2 has LoRA. A dropout keeps its seed. Where fc2
+    would keep its input for itself, all of the MLP is computed again.
+    """
 
     def forward(self, *args: Any) -> Any:
         """What the module computes."""
         inner = super().forward
-        if torch.compiler.is_compiling() or not self._has_graph(args):
+        if torch.compiler.is_compiling() or not _has_graph(args, [self]):
             return inner(*args)
+        first, act, drop1, second, drop2 = self._parts()
+        frozen = _keeps_no_input(second)
+        if not (
+            all(map(_is_plain_dropout, (drop1, drop2)))
+            and (frozen or (_keeps_remade(second) and _has_graph(args, [first, act])))
+        ):
+            return _again_in_backward(inner, args, [self])
 
-        def exactly(*args: Any) -> Any:
-            # Nothing of this forward stays, and the second one, in backward, must be like it.
-            with storage("exact"):
-                return inner(*args)
+        def hidden(x: Tensor, term: Tensor | None = None) -> Tensor:
+            h = first(x)
+            h = act(h if term is None else h + term)
+            return h if frozen else _Recalled.apply(h)
 
-        draws = any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in self.modules())
-        return checkpoint(exactly, *args, use_reentrant=False, preserve_rng_state=draws)
+        h = _again_in_backward(hidden, args, [first, act])
+        if not frozen:
+            node = h.grad_fn
+            remember(h, (), lambda: node.saved_tensors[0])
+        return _dropout(drop2, second(_dropout(drop1, h)))
 
-    def _has_graph(self, args: tuple[Any, ...]) -> bool:
-        """Whether there is anything to keep: before the first trained tensor there is not."""
-        if not torch.is_grad_enabled():
-            return False
-        return any(isinstance(t, Tensor) and t.requires_grad for t in args) or any(
-            p.requires_grad for p in self.parameters()
-        )
+    def _parts(self) -> Any:
+        names = ("fc1", "act", "drop", "fc2", "drop")  # petite_fast.models.cvt.Mlp
+        if not hasattr(self, "fc1"):
+            names = ("linear1", "fn", "drop1", "linear2", "drop2")  # MONAI's MLPBlock
+        return [getattr(self, name) for name in names]
+
+
+class _Recalled(torch.autograd.Function):
+    """The identity, which keeps its input. As the end of a checkpoint it makes that come back."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def _dropout(module: Any, x: Tensor) -> Tensor:
+    """module(x) for what `_is_plain_dropout` takes."""
+    if _is_active(module) and x.requires_grad:
+        return dropout(x, module.p)
+    return module(x)
+
+
+def _is_active(module: Any) -> bool:
+    return isinstance(module, _DropoutNd) and module.training and module.p > 0
+
+
+def _is_plain_dropout(module: Any) -> bool:
+    """Whether this does nothing, or is a dropout that `ops.dropout` can stand in for."""
+    if type(module) not in (nn.Dropout, nn.Identity):
+        return False
+    return not _is_active(module) or (module.p < 1 and not module.inplace and not has_hooks(module))
+
+
+def _keeps_no_input(linear: nn.Module) -> bool:
+    """Whether nothing but a bias of this layer trains."""
+    return isinstance(linear, (LoRALinear, nn.Linear)) and not any(
+        p.requires_grad for name, p in linear.named_parameters() if name != "bias"
+    )
+
+
+def _keeps_remade(linear: nn.Module) -> bool:
+    """Whether this layer keeps its input, by `ops.remade`, and nothing else."""
+    return (
+        type(linear) is LoRALinear
+        and linear.lora_A.requires_grad
+        and linear.per_sample is None
+        and not linear._two_paths()
+    )
+
+
+def _has_graph(args: tuple[Any, ...], modules: list[nn.Module]) -> bool:
+    """Whether there is anything to keep: before the first trained tensor there is not."""
+    if not torch.is_grad_enabled():
+        return False
+    parameters = [p for module in modules for p in module.parameters()]
+    return any(isinstance(t, Tensor) and t.requires_grad for t in (*args, *parameters))
+
+
+def _again_in_backward(function: Any, args: tuple[Any, ...], modules: list[nn.Module]) -> Any:
+    """function(*args), made of `modules`, under torch.utils.checkpoint."""
+
+    def exactly(*args: Any) -> Any:
+        # Nothing of this forward stays, and the second one, in backward, must be like it.
+        with storage("exact"):
+            return function(*args)
+
+    draws = any(
+        _is_active(m) or (m.training and getattr(m, "lora_dropout", 0) > 0)
+        for module in modules
+        for m in module.modules()
+    )
+    return checkpoint(exactly, *args, use_reentrant=False, preserve_rng_state=draws)
 
 
 class CheckpointedTwin(Twin):

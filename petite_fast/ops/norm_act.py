@@ -9,7 +9,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from petite_fast.backends.eager_norm_act import channel_axis, in_layout, is_channels_last
-from petite_fast.ops import library, remade
+from petite_fast.ops import compress, library, remade
 from petite_fast.ops.library import below_autocast, first_order
 from petite_fast.ops.norm_act_plan import Plan, Spec, make_plan
 
@@ -116,15 +116,45 @@ def norm_act(
         residual = in_layout(residual, spec.channels_last)
     plan = make_plan(x, weight, bias, slopes, residual, spec)
     given = (running_mean, running_var) if fixed else (None, None)
+    codes: list[Any] = []
     y, mean, var = _NormAct.apply(
-        x, weight, bias, slopes, residual, *given, plan.unsafe, spec, plan._replace(unsafe=None)
-    )
+        x, weight, bias, slopes, residual, *given, plan.unsafe, spec, plan._replace(unsafe=None),
+        codes,
+    )  # fmt: skip
+    if codes:
+        _remember(y, codes, residual, weight, bias, slopes, spec)
     if norm == "batch" and training and x.numel() > 0:
         count = x.numel() // x.shape[1]
         with torch.no_grad():
             _update(running_mean, mean, momentum)
             _update(running_var, var * (count / (count - 1)), momentum)
     return y
+
+
+def _remember(
+    y: torch.Tensor,
+    codes: list[Any],
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    slope: torch.Tensor | None,
+    spec: Spec,
+) -> None:
+    """Who keeps y in 8 bits keeps the codes of xhat, which are kept already, and the residual."""
+    kept, scales, packing = codes
+    weight, bias, slope = (None if t is None else t.detach() for t in (weight, bias, slope))
+
+    def make(kept: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        xhat = compress.restore((kept, scales), packing)
+        mean = xhat.new_zeros(xhat.shape[1], dtype=torch.float32)
+        again: torch.Tensor
+        again, *_ = library.norm_act(
+            xhat, weight, bias, mean, mean + 1, slope, residual, None, "fixed", 1, 0.0,
+            spec.activation, spec.slope, False, False, False, spec.dtype,
+        )  # fmt: skip
+        return again
+
+    remade.remember(y, [kept] if residual is None else [kept, residual], make)
 
 
 def _update(running: torch.Tensor | None, new: torch.Tensor, momentum: float) -> None:
@@ -239,6 +269,7 @@ class _NormAct(torch.autograd.Function):
         unsafe: torch.Tensor | None,
         spec: Spec,
         plan: Plan,
+        codes: list[Any],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         y, new_mean, new_var, xhat, sign = library.norm_act(
             x, weight, bias, mean, var, slope, residual, unsafe, spec.norm, spec.groups, spec.eps,
@@ -254,6 +285,9 @@ class _NormAct(torch.autograd.Function):
             residual if plan.residual else None,
         )
         saved, ctx.records = remade.keep_all(large)
+        packing = ctx.records[1][1]
+        if packing is not None and not spec.act_first and spec.norm != "layer":
+            codes += [*saved[:2], packing]
         ctx.save_for_backward(
             *saved,
             sign if plan.sign else None,
@@ -295,5 +329,5 @@ def _gradients(grad_y: torch.Tensor, ctx: Any) -> tuple[torch.Tensor | None, ...
         grad_bias.to(bias_dtype) if need_bias else None,
         grad_slope.to(slope.dtype) if need_slope else None,
         grad_residual.to(residual_dtype) if need_residual else None,
-        *[None] * 5,
+        *[None] * 6,
     )

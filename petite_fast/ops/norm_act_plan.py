@@ -9,6 +9,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from petite_fast.backends.eager_norm_act import channel_axis
+from petite_fast.ops import compress
 from petite_fast.ops.adapted import LARGEST_SHIFT, SMALLEST_GAMMA
 
 # n = y / slope is read back only where that division is harmless, in float16 too.
@@ -69,6 +70,8 @@ def make_plan(
     plain = Plan("x" if fixed else "xhat", kinked and bends, fixed, rebuilds, rebuilds)
     if gelu or (kinked and not act_first and not _slope_is_invertible(slope, spec.slope)):
         return plain
+    if kinked and not act_first and not fixed and compress.active() == "int8":
+        return plain  # y / slope would be the rounding of y, divided by the slope
     unsafe = None
     if weight is not None or bias is not None:
         if not _can_look(x):

@@ -75,7 +75,8 @@ def restore_all(kept: Sequence[Any], records: Records) -> list[Any]:
     """The inverse of `keep_all`."""
     tensors, start = [], 0
     for count, record in records:
-        tensors.append(restore(kept[start : start + count], record) if count else None)
+        there = count > 0 or record is not None  # nothing is kept of what comes from nothing
+        tensors.append(restore(kept[start : start + count], record) if there else None)
         start += count
     return tensors
 

@@ -328,8 +328,7 @@ def test_output_size_and_unbatched_input():
     x = make_input(LoRAConvTranspose3d)
     for size in ((9, 11, 13), (10, 11, 14)):
         assert layer(x, output_size=size).shape[2:] == size
-    for dropout in (0.0, 0.2):
-        layer.lora_dropout = dropout
+    for layer.lora_dropout in (0.0, 0.2):
         assert layer(x, (10, 12, 14)).shape[2:] == (10, 12, 14)
     conv = make(LoRAConv3d, CONV[2])
     torch.testing.assert_close(conv(x[0]), conv(x)[0])
