@@ -24,7 +24,9 @@ from petite_fast.training.options import (
     BudgetOption,
     ChosenBatch,
     Data,
+    DemoOut,
     Denominator,
+    ExplainOf,
     ExportFormat,
     Fold,
     ListedNetwork,
@@ -39,6 +41,7 @@ from petite_fast.training.options import (
     Precision,
     PrecisionOption,
     Prompts,
+    Quick,
     Rate,
     Recipe,
     Resume,
@@ -296,12 +299,14 @@ def export(
         "info --recipes --network unetr",
         "info --memory cvtgan --patch 96,96,96 --batch 2 --recipe petite",
         "info --memory unetr --recipe lora --memory-mode int8 --budget 8GiB",
+        "info --explain cvtgan --patch 64,64,64 --batch 1",
     )
 )
 def info(
     recipes: ListRecipes = False,
     network: ListedNetwork = None,
     memory: MemoryOf = None,
+    explain: ExplainOf = None,
     patch: StepPatch = "64,64,64",
     batch: Batch = 2,
     recipe: Recipe = "petite",
@@ -309,36 +314,29 @@ def info(
     budget: BudgetOption = None,
 ) -> None:
     """Versions, the native build, devices, and why a backend is not there."""
-    from petite_fast.training import about
-    from petite_fast.training.tables import memory_table, recipe_table
+    from petite_fast.training import about, tables
 
-    if memory is not None:
-        step = about.MemoryQuestion(memory.value, recipe, batch, memory_mode.value)
-        _out.print(memory_table(step.title, step.estimate(numbers("--patch", patch, 3))))
+    if question := memory or explain:
+        step = about.StepQuestion(question.value, recipe, batch, memory_mode.value)
+        size = numbers("--patch", patch, 3)
+        if explain is not None:
+            _out.print(tables.decision_table(step.title, step.decisions(size)))
+            return
+        _out.print(tables.memory_table(step.title, step.estimate(size)))
         if budget is not None:
             _say(step.largest(size_in_bytes("--budget", budget)))
-        return
-    if not recipes:
+    elif recipes:
+        for each in [network] if network else list(NetworkName):
+            _out.print(tables.recipe_table(each.value, about.recipe_sizes(each.value)))
+    else:
         for name, value in about.describe().items():
             _say(f"{name:<16} {value}")
-        return
-    for each in [network] if network else list(NetworkName):
-        _out.print(recipe_table(each.value, about.recipe_sizes(each.value)))
 
 
-@app.command(
-    epilog=_examples(
-        "demo --out runs/demo",
-        "demo --quick --out runs/quick",
-    )
-)
+@app.command(epilog=_examples("demo --out runs/demo", "demo --quick --out runs/quick"))
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for data, runs, picture and summary.json.")] = (
-        Path("runs/demo")
-    ),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A smoke test: few steps, no claim about the result.")
-    ] = False,
+    out: DemoOut = Path("runs/demo"),
+    quick: Quick = False,
 ) -> None:
     """Everything, small: two scanners, pretraining, PETITE and full fine-tuning, table, picture."""
     from petite_fast.training.demo import run_demo

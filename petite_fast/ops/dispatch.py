@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
 
 from petite_fast import settings
 from petite_fast.backends import (
@@ -53,6 +57,36 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
 }
 
 
+class Decision(NamedTuple):
+    """One way in which an op was run.
+
+    Attributes:
+        op: its name.
+        arguments: sizes of its tensors and the other numbers, as text.
+        backend: that ran it.
+        refusals: "backend: reason" of those that were asked first.
+    """
+
+    op: str
+    arguments: str
+    backend: str
+    refusals: tuple[str, ...]
+
+
+_explaining: Counter[Decision] | None = None
+
+
+@contextlib.contextmanager
+def explaining() -> Iterator[Counter[Decision]]:
+    """Count the decisions that are made inside, in all threads."""
+    global _explaining
+    before, _explaining = _explaining, Counter()
+    try:
+        yield _explaining
+    finally:
+        _explaining = before
+
+
 def choose(op: str, *args: Any) -> Callable[..., Any]:
     """The function that runs `op` on `args`.
 
@@ -63,13 +97,32 @@ def choose(op: str, *args: Any) -> Callable[..., Any]:
         RuntimeError: the forced backend cannot run this call; the text is its reason.
     """
     forced = settings.backend()
+    refusals = []
+    chosen, chosen_function = "eager", getattr(eager, op)
     for name, can_run, function in _TABLE.get(op, []):
         if forced not in (None, name):
             continue
         possible, reason = can_run(*args)
         if possible:
-            return function
+            chosen, chosen_function = name, function
+            break
         if forced:
             raise RuntimeError(f"{op}: backend {name!r} was forced and cannot run: {reason}")
+        refusals.append(f"{name}: {reason}")
         logger.debug("%s: not on %s: %s", op, name, reason)
-    return getattr(eager, op)
+    if _explaining is not None:
+        arguments = " ".join(filter(None, map(_text, args)))
+        _explaining[Decision(op, arguments, chosen, tuple(refusals))] += 1
+    result: Callable[..., Any] = chosen_function
+    return result
+
+
+def _text(argument: Any) -> str:
+    """An argument in few words; nothing for what is absent."""
+    if isinstance(argument, torch.Tensor):
+        return "x".join(map(str, argument.shape)) or "scalar"
+    if isinstance(argument, (list, tuple)):
+        return ",".join(map(str, argument))
+    if isinstance(argument, torch.dtype):
+        return str(argument).removeprefix("torch.")
+    return "" if argument is None else str(argument)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from petite_fast._version import __version__
 from petite_fast.backends import native
 from petite_fast.models import CVTGANDiscriminator, build_network
 from petite_fast.models.published import Network
+from petite_fast.ops import dispatch
 from petite_fast.peft.lean import Memory
 from petite_fast.peft.mix import recipes
 from petite_fast.training import memory as step_memory
@@ -80,8 +82,8 @@ def recipe_sizes(network: Network) -> list[RecipeSize]:
 
 
 @dataclass(frozen=True)
-class MemoryQuestion:
-    """What does a step of fine-tuning the full-size network take, where training would run?
+class StepQuestion:
+    """What does a step of fine-tuning the full-size network take, and what runs it?
 
     Attributes:
         network: "cvtgan", with the discriminator that judges, or "unetr".
@@ -124,6 +126,24 @@ class MemoryQuestion:
         budget, taken = map(step_memory.readable, (budget_bytes, fit.estimate.total))
         sides = "x".join(map(str, fit.patch))
         return f"the largest patch with batch {fit.batch} in {budget} is {sides}: {taken}"
+
+    def decisions(self, patch: Sequence[int]) -> Counter[dispatch.Decision]:
+        """Which backend ran what in one step here (on the first GPU, if there is one).
+
+        Raises:
+            InputError: no such recipe, or a patch that is not three multiples of 16.
+            ImportError: "unetr", and MONAI is not installed.
+        """
+        check_patch(patch)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        generator = self._build(tuple(patch)).to_empty(device=device).train()
+        with torch.no_grad():
+            for parameter in generator.parameters():
+                parameter.normal_(std=0.02)
+        x = torch.randn(self.batch, 1, *patch, device=device)
+        with dispatch.explaining() as found:
+            generator(x).square().mean().backward()
+        return found
 
     def _build(self, patch: tuple[int, ...]) -> nn.Module:
         sizes: dict[str, Any] = {"img_size": patch} if self.network == "unetr" else {}

@@ -111,6 +111,12 @@ Widths = Annotated[
         help="CVT-GAN: channels of the four resolutions; default: 64,128,256,512.",
     ),
 ]
+DemoOut = Annotated[
+    Path, typer.Option("--out", help="Folder for data, runs, picture and summary.json.")
+]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="A smoke test: few steps, no claim about the result.")
+]
 ListRecipes = Annotated[
     bool, typer.Option("--recipes", help="List the recipes and what they train instead.")
 ]
@@ -120,6 +126,12 @@ ListedNetwork = Annotated[
 MemoryOf = Annotated[
     NetworkName | None,
     typer.Option("--memory", help="What a step of finetune with this network takes instead."),
+]
+ExplainOf = Annotated[
+    NetworkName | None,
+    typer.Option(
+        "--explain", help="Which backend runs each op of such a step here, and why, instead."
+    ),
 ]
 StepPatch = Annotated[
     str, typer.Option("--patch", metavar="X,Y,Z", help="Patch in voxels, multiples of 16.")

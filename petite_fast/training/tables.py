@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
+from petite_fast.ops.dispatch import Decision
 from petite_fast.training.loop import TrainReport
 from petite_fast.training.memory import MemoryEstimate, readable
 
@@ -70,6 +71,15 @@ def memory_table(title: str, estimate: MemoryEstimate) -> Table:
     table.add_section()
     table.add_row("peak of a step", readable(estimate.total))
     table.caption = "gradients, activations and workspace are not largest at the same time"
+    return table
+
+
+def decision_table(title: str, decisions: Mapping[Decision, int]) -> Table:
+    """Which backend ran an op on which arguments, how often, and why no faster one did."""
+    table = Table("op", "arguments", "calls", "backend", "why not others", title=title)
+    for decision, calls in sorted(decisions.items()):
+        why = "; ".join(decision.refusals)
+        table.add_row(decision.op, decision.arguments, str(calls), decision.backend, why)
     return table
 
 

@@ -11,6 +11,7 @@ import torch
 from petite_fast.cli import main
 from petite_fast.errors import InputError
 from petite_fast.models import build_network
+from petite_fast.training.about import StepQuestion
 from petite_fast.training.memory import estimate, readable
 from petite_fast.training.options import size_in_bytes
 from petite_fast.training.tasks import adapted
@@ -121,3 +122,16 @@ def test_help_has_examples(capsys) -> None:
             main([command, "--help"])
         text = " ".join(capsys.readouterr().out.split())
         assert "Examples:" in text and example in text.split("Examples:")[1]
+
+
+def test_info_explains_who_runs_what(run, refused) -> None:
+    question = ("info", "--explain", "cvtgan", "--patch", "16,16,16", "--batch", "1")
+    result = run(*question)
+    assert result.code == 0 and "why not others" in result.out, result.err
+    found = StepQuestion("cvtgan", "petite", 1, "exact").decisions((16, 16, 16))
+    assert {"conv", "conv_grad_input", "norm_act", "effective_weight"} <= {d.op for d in found}
+    assert all(d.backend in ("eager", "native", "triton") for d in found)
+    assert any("triton: no kernel for device 'cpu'" in d.refusals for d in found) or (
+        torch.cuda.is_available()
+    )
+    assert "multiple" in refused("info", "--explain", "cvtgan", "--patch", "15,16,16")
