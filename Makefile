@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SOURCES := $(shell find csrc petite_fast -type f -not -name '*.so' -not -path '*/__pycache__/*')
 BUILD := setup.py pyproject.toml CMakeLists.txt MANIFEST.in constraints.txt
 
-.PHONY: demo test test-peft bench gpu-check lint clean
+.PHONY: demo test test-peft sanitize bench gpu-check lint clean
 
 # The commands and what they need.
 demo: $(VENV)/app
@@ -19,6 +19,13 @@ test: $(VENV)/dev
 test-peft: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/peft-0.18 peft==0.18.1
 	PYTHONPATH=$(VENV)/peft-0.18 $(BIN)/pytest python_tests/peft/test_hugging_face.py python_tests/peft/test_hugging_face_options.py
+
+# The tests of the native kernels with every read and write checked (GCC).
+sanitize: $(VENV)/dev
+	PETITE_FAST_SANITIZE=on $(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/sanitize .
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(VENV)/sanitize \
+	$(BIN)/pytest -p no:cacheprovider $(wildcard python_tests/backends/test_native*.py) python_tests/ops/test_dropout.py
 
 bench: $(VENV)/dev
 	$(BIN)/python bench/run.py --suite all

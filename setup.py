@@ -3,6 +3,9 @@
 PETITE_FAST_CUDA=auto (default): compile the CUDA part when nvcc is found, else build for the CPU
 and say so. "on" makes a missing nvcc an error, "off" builds for the CPU alone. nvcc is taken from
 CUDACXX, else from PATH. Nothing is downloaded.
+
+PETITE_FAST_SANITIZE=on builds for the CPU alone, with address and undefined-behaviour checks, for
+`make sanitize`.
 """
 
 from __future__ import annotations
@@ -50,10 +53,12 @@ class CMakeBuild(build_ext):
         """Leave the built module where setuptools expects it."""
         import pybind11
 
-        nvcc = find_nvcc()
+        sanitize = os.environ.get("PETITE_FAST_SANITIZE") == "on"
+        nvcc = None if sanitize else find_nvcc()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # One folder per kind of build, so that neither inherits the other's CMake cache.
-        build = Path(self.build_temp).resolve() / ("cmake-cuda" if nvcc else "cmake-cpu")
+        kind = "cmake-sanitize" if sanitize else "cmake-cuda" if nvcc else "cmake-cpu"
+        build = Path(self.build_temp).resolve() / kind
         build.mkdir(parents=True, exist_ok=True)
         options = {
             "CMAKE_BUILD_TYPE": "Release",
@@ -66,6 +71,8 @@ class CMakeBuild(build_ext):
         }
         if nvcc:
             options["CMAKE_CUDA_COMPILER"] = nvcc
+        if sanitize:
+            options["CMAKE_CXX_FLAGS"] = "-g -fsanitize=address,undefined -fno-sanitize-recover"
         cmake = find_tool("cmake")
         defines = [f"-D{name}={value}" for name, value in options.items()]
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *defines]
