@@ -20,6 +20,7 @@ import torch  # noqa: E402
 from cases.layers import randomise_b  # noqa: E402
 from cases.memory import CASES, Case  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.nn.modules.dropout import _DropoutNd  # noqa: E402
 
 from petite_fast import LoraConfig, get_peft_model, petite_recipe  # noqa: E402
 
@@ -35,7 +36,7 @@ def _adapted(case: Case, memory: str) -> nn.Module:
         config = LoraConfig(r=case.r, lora_alpha=2 * case.r, target_modules=convolutions)
     model = randomise_b(get_peft_model(net, config, memory=memory))
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, _DropoutNd):
             module.p = 0.0  # whose draws are not what is measured here
     return model
 
