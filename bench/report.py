@@ -1,6 +1,6 @@
-"""Tables and pictures of a result, and README's table from the committed JSON.
+"""Tables and pictures of a result, and the READMEs' tables from the committed JSON.
 
-python bench/report.py        rewrites the tables between README's bench markers
+python bench/report.py        rewrites the tables between the bench markers of both READMEs
 """
 
 from __future__ import annotations
@@ -184,21 +184,21 @@ def demo_markdown(summary: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Put the committed results between the markers of README.md."""
+    """Put the committed results between the markers of the two READMEs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, help="a demo's summary.json, to be committed as well")
     demo = parser.parse_args().demo
     results = HERE / "results"
     if demo is not None:
         (results / "demo.json").write_text(demo.read_text())
-    readme = HERE.parent / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for path in sorted(results.glob("*.json")):
-        result = json.loads(path.read_text())
-        body = demo_markdown(result) if path.stem == "demo" else markdown(result)
-        pattern = rf"(<!-- bench:{path.stem} -->\n).*?(<!-- /bench:{path.stem} -->)"
-        text = re.sub(pattern, lambda m, b=body: m[1] + b + "\n" + m[2], text, flags=re.DOTALL)
-    readme.write_text(text, encoding="utf-8")
+    for readme in (HERE.parent / "README.md", HERE / "README.md"):
+        text = readme.read_text(encoding="utf-8")
+        for path in sorted(results.glob("*.json")):
+            result = json.loads(path.read_text())
+            body = demo_markdown(result) if path.stem == "demo" else markdown(result)
+            pattern = rf"(<!-- bench:{path.stem} -->\n).*?(<!-- /bench:{path.stem} -->)"
+            text = re.sub(pattern, lambda m, b=body: m[1] + b + "\n" + m[2], text, flags=re.DOTALL)
+        readme.write_text(text, encoding="utf-8")
     return 0
 
 

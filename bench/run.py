@@ -2,7 +2,8 @@
 
     python bench/run.py [--suite ops|memory|all] [--device cpu|cuda] [--quick] [--threads N]
 
-Prints a table per suite and writes bench/results/SUITE-DEVICE.json and .png.
+Prints a table per suite and writes bench/results/SUITE-DEVICE.json and .png; with --threads N
+SUITE-DEVICE-tN.
 """
 
 from __future__ import annotations
@@ -35,13 +36,16 @@ def main() -> int:
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, the same cases")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, help="default: torch's; gives the results a name")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("bench: --device cuda, but torch finds no CUDA device", file=sys.stderr)
         return 2
-    torch.set_num_threads(arguments.threads)
+    kind = arguments.device
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+        kind += f"-t{arguments.threads}"
     warnings.filterwarnings("ignore", category=UserWarning)
     logging.disable(logging.WARNING)
     about = machine(arguments.device)
@@ -57,7 +61,7 @@ def main() -> int:
         }
         print(table(result))
         arguments.out.mkdir(parents=True, exist_ok=True)
-        stem = arguments.out / f"{name}-{arguments.device}"
+        stem = arguments.out / f"{name}-{kind}"
         stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
         figure(result, stem.with_suffix(".png"))
         print(f"written: {stem}.json, {stem}.png\n")
