@@ -1,0 +1,206 @@
+// The two products behind common/low_rank.h, on flat float arrays whose length is a whole number of
+// cache lines: `project` sums over channels and taps, `correlate` over positions.
+//
+// Everything has internal linkage: the file is compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/simd.h"
+
+namespace petite_fast {
+namespace PF_ISA {
+namespace {
+
+using Floats = Vector<float>;
+constexpr int kLanes = VectorOf<float>::kLanes;
+constexpr int kSums = kRegisters * 3 / 4;  // vectors of sums in registers
+constexpr int kMaxRows = kRegisters / 4;   // of a low-rank operand, at a time
+constexpr int kMaxVectors = 6;
+
+// Channels of planes; plane i of a channel and its taps begin at offsets[i * taps + tap].
+struct TapPlanes {
+  const float* data;
+  int64_t channels;
+  int64_t channel_stride;
+  const int64_t* offsets;
+  int64_t planes;
+  int64_t taps;
+};
+
+// Rows of [planes, plane] floats.
+template <typename T>
+struct LowRows {
+  T* data;
+  int64_t rows;
+  int64_t row_stride;
+  int64_t plane;
+};
+
+// Block `i` of `count` things cut into `blocks` almost equal ones.
+struct Block {
+  int64_t begin;
+  int64_t size;
+  Block(int64_t count, int64_t blocks, int64_t i)
+      : begin(count * i / blocks), size(count * (i + 1) / blocks - count * i / blocks) {}
+};
+
+template <int kRows, int kVectors>
+void project_block(const TapPlanes& x, const int64_t* offsets, int64_t position, const float* a,
+                   int64_t rank, const float* bias, float* out, int64_t row_stride) {
+  Floats sum[kRows][kVectors];
+  for (int q = 0; q < kRows; ++q) {
+    for (int v = 0; v < kVectors; ++v) sum[q][v] = Floats{} + (bias == nullptr ? 0.0f : bias[q]);
+  }
+  const float* channel = x.data + position;
+  for (int64_t c = 0; c < x.channels; ++c, channel += x.channel_stride) {
+    for (int64_t tap = 0; tap < x.taps; ++tap, a += rank) {
+      const float* source = channel + offsets[tap];
+      Floats value[kVectors];
+      for (int v = 0; v < kVectors; ++v) value[v] = load_vector<float>(source + v * kLanes);
+      for (int q = 0; q < kRows; ++q) {
+        const Floats factor = Floats{} + a[q];
+        for (int v = 0; v < kVectors; ++v) sum[q][v] += factor * value[v];
+      }
+    }
+  }
+  for (int q = 0; q < kRows; ++q) {
+    for (int v = 0; v < kVectors; ++v) {
+      store_vector<float>(out + q * row_stride + position + v * kLanes, sum[q][v]);
+    }
+  }
+}
+
+template <int kRows>
+constexpr int vectors_of() {
+  return kSums / kRows < kMaxVectors ? kSums / kRows : kMaxVectors;
+}
+
+template <int kRows, int kVectors = vectors_of<kRows>()>
+void project_vectors(int64_t vectors, const TapPlanes& x, const int64_t* offsets, int64_t position,
+                     const float* a, int64_t rank, const float* bias, float* out,
+                     int64_t row_stride) {
+  if constexpr (kVectors > 0) {
+    if (vectors == kVectors) {
+      return project_block<kRows, kVectors>(x, offsets, position, a, rank, bias, out, row_stride);
+    }
+    project_vectors<kRows, kVectors - 1>(vectors, x, offsets, position, a, rank, bias, out,
+                                         row_stride);
+  }
+}
+
+// Rows [q, q + size) of one plane.
+template <int kRows = kMaxRows>
+void project_rows(const Block& block, const TapPlanes& x, int64_t plane, int64_t vectors,
+                  const float* a, const float* bias, const LowRows<float>& out) {
+  if constexpr (kRows > 0) {
+    if (block.size != kRows) return project_rows<kRows - 1>(block, x, plane, vectors, a, bias, out);
+    const int64_t blocks = (vectors + vectors_of<kRows>() - 1) / vectors_of<kRows>();
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Block part(vectors, blocks, i);
+      project_vectors<kRows>(
+          part.size, x, x.offsets + plane * x.taps, part.begin * kLanes, a + block.begin, out.rows,
+          bias == nullptr ? nullptr : bias + block.begin,
+          out.data + block.begin * out.row_stride + plane * out.plane, out.row_stride);
+    }
+  }
+}
+
+// out[q, v] = bias[q] + sum_{c, tap} a[c, tap, q] x[c, v + offset of the tap], the first `count`
+// positions of each plane rounded up to vectors.
+static void project(const TapPlanes& x, const float* a, const float* bias,
+                    const LowRows<float>& out, int64_t count) {
+  const int64_t vectors = (count + kLanes - 1) / kLanes;
+  const int64_t blocks = (out.rows + kMaxRows - 1) / kMaxRows;
+  for (int64_t plane = 0; plane < x.planes; ++plane) {
+    for (int64_t i = 0; i < blocks; ++i) {
+      project_rows<>(Block(out.rows, blocks, i), x, plane, vectors, a, bias, out);
+    }
+  }
+}
+
+template <int kRows, int kChannels, int kTaps>
+void correlate_block(const TapPlanes& x, int64_t channel, int64_t tap,
+                     const LowRows<const float>& g, int64_t row, int64_t count, float* sums) {
+  Floats sum[kChannels][kTaps][kRows] = {};
+  for (int64_t plane = 0; plane < x.planes; ++plane) {
+    const float* source[kChannels][kTaps];
+    for (int c = 0; c < kChannels; ++c) {
+      for (int j = 0; j < kTaps; ++j) {
+        source[c][j] =
+            x.data + (channel + c) * x.channel_stride + x.offsets[plane * x.taps + tap + j];
+      }
+    }
+    const float* rows = g.data + row * g.row_stride + plane * g.plane;
+    for (int64_t i = 0; i < count; i += kLanes) {
+      // The smaller side stays in registers.
+      if constexpr (kRows <= kChannels * kTaps) {
+        Floats low[kRows];
+        for (int q = 0; q < kRows; ++q) low[q] = load_vector<float>(rows + q * g.row_stride + i);
+        for (int c = 0; c < kChannels; ++c) {
+          for (int j = 0; j < kTaps; ++j) {
+            const Floats value = load_vector<float>(source[c][j] + i);
+            for (int q = 0; q < kRows; ++q) sum[c][j][q] += value * low[q];
+          }
+        }
+      } else {
+        Floats value[kChannels][kTaps];
+        for (int c = 0; c < kChannels; ++c) {
+          for (int j = 0; j < kTaps; ++j) value[c][j] = load_vector<float>(source[c][j] + i);
+        }
+        for (int q = 0; q < kRows; ++q) {
+          const Floats low = load_vector<float>(rows + q * g.row_stride + i);
+          for (int c = 0; c < kChannels; ++c) {
+            for (int j = 0; j < kTaps; ++j) sum[c][j][q] += value[c][j] * low;
+          }
+        }
+      }
+    }
+  }
+  for (int c = 0; c < kChannels; ++c) {
+    for (int j = 0; j < kTaps; ++j) {
+      float* target = sums + ((channel + c) * x.taps + tap + j) * g.rows + row;
+      for (int q = 0; q < kRows; ++q) target[q] += sum_lanes(sum[c][j][q]);
+    }
+  }
+}
+
+template <int kRows, int kTaps>
+void correlate_taps(const TapPlanes& x, int64_t tap, const LowRows<const float>& g, int64_t row,
+                    int64_t count, float* sums) {
+  constexpr int kChannels = kSums / (kRows * kTaps);
+  int64_t c = 0;
+  if constexpr (kChannels > 1) {
+    for (; c + kChannels <= x.channels; c += kChannels) {
+      correlate_block<kRows, kChannels, kTaps>(x, c, tap, g, row, count, sums);
+    }
+  }
+  for (; c < x.channels; ++c) correlate_block<kRows, 1, kTaps>(x, c, tap, g, row, count, sums);
+}
+
+template <int kRows = kMaxRows>
+void correlate_rows(const Block& block, const TapPlanes& x, const LowRows<const float>& g,
+                    int64_t count, float* sums) {
+  if constexpr (kRows > 0) {
+    if (block.size != kRows) return correlate_rows<kRows - 1>(block, x, g, count, sums);
+    int64_t tap = 0;
+    for (; tap + 3 <= x.taps; tap += 3) {
+      correlate_taps<kRows, 3>(x, tap, g, block.begin, count, sums);
+    }
+    for (; tap < x.taps; ++tap) correlate_taps<kRows, 1>(x, tap, g, block.begin, count, sums);
+  }
+}
+
+// sums[c, tap, q] += sum_v g[q, v] x[c, v + offset of the tap], the first `count` positions of each
+// plane; beyond them, up to a whole vector, g is zero.
+static void correlate(const TapPlanes& x, const LowRows<const float>& g, int64_t count,
+                      float* sums) {
+  const int64_t blocks = (g.rows + kMaxRows - 1) / kMaxRows;
+  for (int64_t i = 0; i < blocks; ++i) {
+    correlate_rows<>(Block(g.rows, blocks, i), x, g, count, sums);
+  }
+}
+
+}  // namespace
+}  // namespace PF_ISA
+}  // namespace petite_fast
