@@ -13,7 +13,8 @@
 // A tile is `planes` output planes of `rows` rows. Its part of x lies in scratch as float planes in
 // which a row is followed by the zeros that the padding asks for, and a strided convolution's rows
 // and columns are sorted by their phase: each tap is then a fixed offset into a flat array, and
-// rows need no remainders. Tiles that follow each other in depth share planes, in a ring of slots.
+// rows need no remainders. Tiles that follow each other in depth share planes, in a ring of slots,
+// unless there are so many channels that a tile works on some at a time.
 #pragma once
 
 #include <cstdint>
@@ -65,13 +66,14 @@ struct LowRankPlan {
   int64_t reach[3];   // offset of the last tap, in steps of the stride
   int64_t rows, planes;
   int64_t row_tiles, plane_tiles;
-  int64_t pitch;      // floats from row to row
-  int64_t sub_plane;  // floats of one phase of an input plane
-  int64_t in_plane;   // floats of an input plane
-  int64_t slots;      // input planes in the ring
-  int64_t out_plane;  // floats of an output plane
-  int64_t x, y, low;  // floats of scratch: x, dy, and each of G and t
-  int64_t sums;       // floats of dA, dB and db
+  int64_t pitch;                   // floats from row to row
+  int64_t sub_plane;               // floats of one phase of an input plane
+  int64_t in_plane;                // floats of an input plane
+  int64_t slots;                   // input planes in the ring
+  int64_t out_plane;               // floats of an output plane
+  int64_t x_channels, y_channels;  // of C and O, at a time
+  int64_t x, y, low;               // floats of scratch: x, dy, and each of G and t
+  int64_t sums;                    // floats of dA, dB and db
 };
 
 PF_HOST_DEVICE int64_t low_rank_smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -80,27 +82,18 @@ PF_HOST_DEVICE int64_t low_rank_divide_up(int64_t a, int64_t b) { return (a + b 
 // A whole number of cache lines.
 PF_HOST_DEVICE int64_t low_rank_round_up(int64_t floats) { return (floats + 15) / 16 * 16; }
 
-PF_HOST_DEVICE void low_rank_size_tile(const LowRankShape& s, int64_t rows, int64_t planes,
-                                       LowRankPlan* plan) {
-  plan->rows = rows;
-  plan->planes = planes;
-  plan->row_tiles = low_rank_divide_up(s.output[1], rows);
-  plan->plane_tiles = low_rank_divide_up(s.output[0], planes);
-  plan->out_plane = low_rank_round_up(rows * plan->pitch);
-  plan->sub_plane =
-      low_rank_round_up(plan->out_plane + plan->reach[1] * plan->pitch + plan->reach[2]);
-  plan->in_plane = plan->phases[1] * plan->phases[2] * plan->sub_plane;
-  plan->slots = s.stride[0] * (planes - 1) + s.kernel[0];
-  plan->x = s.channels * plan->slots * plan->in_plane;
-  plan->y = s.outputs * planes * plan->out_plane;
-  plan->low = s.rank * planes * plan->out_plane;
-  plan->sums = low_rank_round_up(s.channels * plan->taps * s.rank + s.outputs * s.rank + s.outputs);
+// All channels where `most` floats hold them, else equal parts of some eights that `few` floats
+// hold.
+PF_HOST_DEVICE int64_t low_rank_chunk(int64_t channels, int64_t floats, int64_t most, int64_t few) {
+  if (channels * floats <= most) return channels;
+  const int64_t parts = low_rank_divide_up(channels, low_rank_larger(8, few / floats));
+  return low_rank_divide_up(low_rank_divide_up(channels, parts), 8) * 8;
 }
 
-// The largest tile that stays in the second-level cache, but units enough for all threads.
+// G of a tile stays in the first-level cache, x and dy in the second.
 PF_HOST_DEVICE LowRankPlan low_rank_plan(const LowRankShape& s, int threads) {
-  constexpr int64_t kTileFloats = 112 * 1024;
-  constexpr int64_t kTilePositions = 1536;
+  constexpr int64_t kLowFloats = 6144, kPositions = 1536;
+  constexpr int64_t kRing = 144 * 1024, kChunk = 80 * 1024;
   LowRankPlan plan{};
   plan.taps = s.kernel[0] * s.kernel[1] * s.kernel[2];
   for (int i = 0; i < 3; ++i) {
@@ -108,32 +101,35 @@ PF_HOST_DEVICE LowRankPlan low_rank_plan(const LowRankShape& s, int threads) {
     plan.reach[i] = (s.kernel[i] - 1) / s.stride[i];
   }
   // Zeros at the end of a row serve as the zeros before the next one.
-  const int64_t after =
-      low_rank_larger(0, s.output[2] + s.kernel[2] - 1 - s.padding[2] - s.input[2]);
+  const int64_t last = s.output[2] + s.kernel[2] - 1 - s.padding[2] - s.input[2];
+  const int64_t after = low_rank_larger(0, last);
   const int64_t shared = s.stride[2] == 1 ? low_rank_smaller(s.padding[2], after) : 0;
   plan.pitch = s.output[2] + plan.reach[2] - shared;
 
-  const auto fits = [&](int64_t rows, int64_t planes) {
-    low_rank_size_tile(s, rows, planes, &plan);
-    return plan.x + plan.y + 2 * plan.low <= kTileFloats &&
-           planes * plan.out_plane <= kTilePositions;
-  };
-  int64_t tiles = 1;
-  while (tiles < s.output[1] && !fits(low_rank_divide_up(s.output[1], tiles), 1)) ++tiles;
+  const int64_t positions = low_rank_smaller(kPositions, kLowFloats / low_rank_smaller(s.rank, 8));
   // With a few rows each, more and more of x is read twice.
   const int64_t least = low_rank_smaller(s.output[1], 4 * plan.reach[1] + 1);
-  const int64_t rows = low_rank_larger(least, low_rank_divide_up(s.output[1], tiles));
-  int64_t planes = 1;
-  const auto units = [&](int64_t planes) {
-    return s.batch * low_rank_divide_up(s.output[1], rows) *
-           low_rank_divide_up(s.output[0], planes);
-  };
-  while (planes < low_rank_smaller(s.output[0], kLowRankMaxPlanes) && fits(rows, planes + 1) &&
-         units(planes + 1) >= threads) {
-    ++planes;
-  }
-  planes = low_rank_divide_up(s.output[0], low_rank_divide_up(s.output[0], planes));
-  low_rank_size_tile(s, rows, planes, &plan);
+  const int64_t most = low_rank_larger(least, positions / plan.pitch);
+  plan.row_tiles = low_rank_divide_up(s.output[1], most);
+  plan.rows = low_rank_divide_up(s.output[1], plan.row_tiles);
+  plan.out_plane = low_rank_round_up(plan.rows * plan.pitch);
+  // As many planes as fit, but a tile for every thread.
+  const int64_t fit = low_rank_smaller(kLowRankMaxPlanes, positions / plan.out_plane);
+  const int64_t wanted = low_rank_divide_up(threads, s.batch * plan.row_tiles);
+  plan.plane_tiles = low_rank_larger(low_rank_divide_up(s.output[0], low_rank_larger(1, fit)),
+                                     low_rank_smaller(s.output[0], wanted));
+  plan.planes = low_rank_divide_up(s.output[0], plan.plane_tiles);
+  plan.plane_tiles = low_rank_divide_up(s.output[0], plan.planes);
+
+  plan.sub_plane = low_rank_round_up(plan.out_plane + plan.reach[1] * plan.pitch + plan.reach[2]);
+  plan.in_plane = plan.phases[1] * plan.phases[2] * plan.sub_plane;
+  plan.slots = s.stride[0] * (plan.planes - 1) + s.kernel[0];
+  plan.x_channels = low_rank_chunk(s.channels, plan.slots * plan.in_plane, kRing, kChunk);
+  plan.y_channels = low_rank_chunk(s.outputs, plan.planes * plan.out_plane, kChunk, kChunk);
+  plan.x = plan.x_channels * plan.slots * plan.in_plane;
+  plan.y = plan.y_channels * plan.planes * plan.out_plane;
+  plan.low = s.rank * plan.planes * plan.out_plane;
+  plan.sums = low_rank_round_up(s.channels * plan.taps * s.rank + s.outputs * s.rank + s.outputs);
   return plan;
 }
 

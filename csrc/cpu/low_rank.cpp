@@ -55,15 +55,16 @@ struct Worker {
     sums_bias = sums_b + p.shape.outputs * p.shape.rank;
   }
 
-  void pack_x(const Tile& tile, int64_t column_of_tile) {
+  // Channels [channel, channel + channels) of the tile's input, and where its taps find them.
+  void pack_x(const Tile& tile, int64_t column_of_tile, int64_t channel, int64_t channels) {
     const LowRankShape& s = p.shape;
-    if (column != column_of_tile) next = 0;
+    if (column != column_of_tile || channels < s.channels) next = 0;
     column = column_of_tile;
     const int64_t first = s.stride[0] * tile.plane;
     const int64_t end = first + s.stride[0] * (tile.planes - 1) + s.kernel[0];
     with_type(p.x.dtype, [&](auto element) {
       using T = const decltype(element);
-      const auto sample = sample_of<T>(p.x, tile.n, s.channels, s.input);
+      const auto sample = sample_of<T>(p.x, tile.n, s.channels, s.input).part(channel, channels);
       for (next = low_rank_larger(next, first); next < end; ++next) {
         if (next % s.stride[0] >= plan.phases[0]) continue;  // no tap falls on it
         pack_input_plane(s, plan, sample, next, tile.row, tile.rows,
@@ -82,10 +83,11 @@ struct Worker {
     }
   }
 
-  void pack_output(const LowRankVolume& volume, int64_t channels, const Tile& tile, float* target) {
+  void pack_output(const LowRankVolume& volume, int64_t all, int64_t channel, int64_t channels,
+                   const Tile& tile, float* target) {
     with_type(volume.dtype, [&](auto element) {
       using T = const decltype(element);
-      const auto sample = sample_of<T>(volume, tile.n, channels, p.shape.output);
+      const auto sample = sample_of<T>(volume, tile.n, all, p.shape.output).part(channel, channels);
       for (int64_t i = 0; i < tile.planes; ++i) {
         pack_output_plane(p.shape, plan, sample, tile.plane + i, tile.row, tile.rows,
                           target + i * plan.out_plane);
@@ -104,42 +106,67 @@ struct Worker {
     });
   }
 
+  // Calls function(first output, outputs in scratch) for all outputs; `packed`: they are there.
+  template <typename Function>
+  void over_outputs(const Tile& tile, bool packed, const Function& function) {
+    const int64_t outputs = p.shape.outputs;
+    for (int64_t first = 0; first < outputs; first += plan.y_channels) {
+      const int64_t count = low_rank_smaller(plan.y_channels, outputs - first);
+      if (!packed || count < outputs) pack_output(p.grad_y, outputs, first, count, tile, y);
+      const int64_t stride = plan.planes * plan.out_plane;
+      function(first, TapPlanes{y, count, stride, &zero, 1, 1});
+    }
+  }
+
+  void sum_outputs(const TapPlanes& grads, int64_t count, float* sums) {
+    for (int64_t o = 0; o < grads.channels; ++o) {
+      const float* row = grads.data + o * grads.channel_stride;
+      Floats sum{};
+      for (int64_t i = 0; i < count; i += kLanes) sum += load_vector<float>(row + i);
+      sums[o] += sum_lanes(sum);
+    }
+  }
+
   void run(int64_t unit) {
     const LowRankShape& s = p.shape;
     const Tile tile = tile_of(s, plan, unit);
-    const int64_t out_tile = plan.planes * plan.out_plane;
+    const int64_t stride = plan.planes * plan.out_plane;
     const int64_t whole = tile.planes * plan.out_plane;
     const int64_t count = tile.rows * plan.pitch;
-    if (p.x.data != nullptr) pack_x(tile, unit / plan.plane_tiles);
-    const TapPlanes inputs{x,       s.channels,  plan.slots * plan.in_plane,
-                           offsets, tile.planes, plan.taps};
-    const LowRows<float> low_t{t, s.rank, out_tile, plan.out_plane};
-    if (p.grad_y.data == nullptr) {
-      project(inputs, p.a, p.bias, low_t, count);
-      return unpack_t(tile);
+    const bool forward = p.grad_y.data == nullptr;
+    const bool makes_t = forward || (p.grad_b != nullptr && p.t.data == nullptr);
+    const bool makes_g = p.grad_a != nullptr && p.b != nullptr;
+
+    if (makes_g || p.grad_bias != nullptr) {
+      over_outputs(tile, false, [&](int64_t first, const TapPlanes& grads) {
+        if (p.grad_bias != nullptr) sum_outputs(grads, whole, sums_bias + first);
+        if (!makes_g) return;
+        project(grads, {p.b + first * s.rank, nullptr, first > 0}, {g, s.rank, stride, whole},
+                whole);
+      });
+    } else if (p.grad_a != nullptr) {
+      pack_output(p.grad_y, s.rank, 0, s.rank, tile, g);
     }
-    pack_output(p.grad_y, s.outputs, tile, y);
-    const TapPlanes grads{y, s.outputs, out_tile, &zero, 1, 1};
-    if (p.grad_a != nullptr) {
-      if (p.b != nullptr) project(grads, p.b, nullptr, {g, s.rank, out_tile, whole}, whole);
-      const float* low = p.b == nullptr ? y : g;
-      correlate(inputs, {low, s.rank, out_tile, plan.out_plane}, count, sums_a);
-    }
-    if (p.grad_b != nullptr) {
-      if (p.t.data != nullptr) {
-        pack_output(p.t, s.rank, tile, t);
-      } else {
-        project(inputs, p.a, nullptr, low_t, count);
+    for (int64_t c = 0; c < s.channels && (makes_t || p.grad_a != nullptr); c += plan.x_channels) {
+      const int64_t channels = low_rank_smaller(plan.x_channels, s.channels - c);
+      pack_x(tile, unit / plan.plane_tiles, c, channels);
+      const int64_t first = c * plan.taps * s.rank;
+      const TapPlanes inputs{x,       channels,    plan.slots * plan.in_plane,
+                             offsets, tile.planes, plan.taps};
+      if (makes_t) {
+        project(inputs, {p.a + first, p.bias, c > 0}, {t, s.rank, stride, plan.out_plane}, count);
       }
-      correlate(grads, {t, s.rank, out_tile, whole}, whole, sums_b);
-    }
-    if (p.grad_bias != nullptr) {
-      for (int64_t o = 0; o < s.outputs; ++o) {
-        Floats sum{};
-        for (int64_t i = 0; i < whole; i += kLanes) sum += load_vector<float>(y + o * out_tile + i);
-        sums_bias[o] += sum_lanes(sum);
+      if (p.grad_a != nullptr) {
+        correlate(inputs, {g, s.rank, stride, plan.out_plane}, count, sums_a + first);
       }
     }
+    if (forward) return unpack_t(tile);
+    if (p.grad_b == nullptr) return;
+    if (p.t.data != nullptr) pack_output(p.t, s.rank, 0, s.rank, tile, t);
+    over_outputs(tile, makes_g || p.grad_bias != nullptr,
+                 [&](int64_t first, const TapPlanes& grads) {
+                   correlate(grads, {t, s.rank, stride, whole}, whole, sums_b + first * s.rank);
+                 });
   }
 };
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/simd.h"
 
@@ -45,16 +46,29 @@ struct Block {
       : begin(count * i / blocks), size(count * (i + 1) / blocks - count * i / blocks) {}
 };
 
+// a: [channels, taps, rows]; the sums start from the bias, or add to what is there.
+struct Factors {
+  const float* a;
+  const float* bias;  // [rows]; null: zeros
+  bool add;
+};
+
 template <int kRows, int kVectors>
-void project_block(const TapPlanes& x, const int64_t* offsets, int64_t position, const float* a,
-                   int64_t rank, const float* bias, float* out, int64_t row_stride) {
+void project_block(const TapPlanes& x, const int64_t* offsets, int64_t position, Factors factors,
+                   int64_t row, const LowRows<float>& rows, int64_t first) {
+  float* out = rows.data + row * rows.row_stride + first + position;
+  const float* a = factors.a + row;
   Floats sum[kRows][kVectors];
   for (int q = 0; q < kRows; ++q) {
-    for (int v = 0; v < kVectors; ++v) sum[q][v] = Floats{} + (bias == nullptr ? 0.0f : bias[q]);
+    const float start = factors.bias == nullptr ? 0.0f : factors.bias[row + q];
+    for (int v = 0; v < kVectors; ++v) {
+      sum[q][v] = factors.add ? load_vector<float>(out + q * rows.row_stride + v * kLanes)
+                              : Floats{} + start;
+    }
   }
   const float* channel = x.data + position;
   for (int64_t c = 0; c < x.channels; ++c, channel += x.channel_stride) {
-    for (int64_t tap = 0; tap < x.taps; ++tap, a += rank) {
+    for (int64_t tap = 0; tap < x.taps; ++tap, a += rows.rows) {
       const float* source = channel + offsets[tap];
       Floats value[kVectors];
       for (int v = 0; v < kVectors; ++v) value[v] = load_vector<float>(source + v * kLanes);
@@ -66,7 +80,7 @@ void project_block(const TapPlanes& x, const int64_t* offsets, int64_t position,
   }
   for (int q = 0; q < kRows; ++q) {
     for (int v = 0; v < kVectors; ++v) {
-      store_vector<float>(out + q * row_stride + position + v * kLanes, sum[q][v]);
+      store_vector<float>(out + q * rows.row_stride + v * kLanes, sum[q][v]);
     }
   }
 }
@@ -78,45 +92,73 @@ constexpr int vectors_of() {
 
 template <int kRows, int kVectors = vectors_of<kRows>()>
 void project_vectors(int64_t vectors, const TapPlanes& x, const int64_t* offsets, int64_t position,
-                     const float* a, int64_t rank, const float* bias, float* out,
-                     int64_t row_stride) {
+                     const Factors& factors, int64_t row, const LowRows<float>& out,
+                     int64_t first) {
   if constexpr (kVectors > 0) {
     if (vectors == kVectors) {
-      return project_block<kRows, kVectors>(x, offsets, position, a, rank, bias, out, row_stride);
+      return project_block<kRows, kVectors>(x, offsets, position, factors, row, out, first);
     }
-    project_vectors<kRows, kVectors - 1>(vectors, x, offsets, position, a, rank, bias, out,
-                                         row_stride);
+    project_vectors<kRows, kVectors - 1>(vectors, x, offsets, position, factors, row, out, first);
   }
 }
 
-// Rows [q, q + size) of one plane.
+// The rows of `block`, in one plane.
 template <int kRows = kMaxRows>
 void project_rows(const Block& block, const TapPlanes& x, int64_t plane, int64_t vectors,
-                  const float* a, const float* bias, const LowRows<float>& out) {
+                  const Factors& factors, const LowRows<float>& out) {
   if constexpr (kRows > 0) {
-    if (block.size != kRows) return project_rows<kRows - 1>(block, x, plane, vectors, a, bias, out);
-    const int64_t blocks = (vectors + vectors_of<kRows>() - 1) / vectors_of<kRows>();
-    for (int64_t i = 0; i < blocks; ++i) {
-      const Block part(vectors, blocks, i);
-      project_vectors<kRows>(
-          part.size, x, x.offsets + plane * x.taps, part.begin * kLanes, a + block.begin, out.rows,
-          bias == nullptr ? nullptr : bias + block.begin,
-          out.data + block.begin * out.row_stride + plane * out.plane, out.row_stride);
+    if (block.size != kRows) {
+      return project_rows<kRows - 1>(block, x, plane, vectors, factors, out);
+    }
+    const int64_t parts = (vectors + vectors_of<kRows>() - 1) / vectors_of<kRows>();
+    for (int64_t i = 0; i < parts; ++i) {
+      const Block part(vectors, parts, i);
+      project_vectors<kRows>(part.size, x, x.offsets + plane * x.taps, part.begin * kLanes, factors,
+                             block.begin, out, plane * out.plane);
     }
   }
 }
 
-// out[q, v] = bias[q] + sum_{c, tap} a[c, tap, q] x[c, v + offset of the tap], the first `count`
-// positions of each plane rounded up to vectors.
-static void project(const TapPlanes& x, const float* a, const float* bias,
-                    const LowRows<float>& out, int64_t count) {
+// out[q, v] = sum_{c, tap} a[c, tap, q] x[c, v + offset of the tap], the first `count` positions of
+// each plane rounded up to vectors.
+static void project(const TapPlanes& x, const Factors& factors, const LowRows<float>& out,
+                    int64_t count) {
   const int64_t vectors = (count + kLanes - 1) / kLanes;
   const int64_t blocks = (out.rows + kMaxRows - 1) / kMaxRows;
   for (int64_t plane = 0; plane < x.planes; ++plane) {
     for (int64_t i = 0; i < blocks; ++i) {
-      project_rows<>(Block(out.rows, blocks, i), x, plane, vectors, a, bias, out);
+      project_rows<>(Block(out.rows, blocks, i), x, plane, vectors, factors, out);
     }
   }
+}
+
+// The pairs of neighbours in a, then those in b, added.
+inline Floats add_neighbours(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  typedef int Lanes __attribute__((vector_size(kVectorBytes)));
+  constexpr Lanes kEven = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  return reinterpret_cast<Floats>(_mm512_permutex2var_ps(a, reinterpret_cast<__m512i>(kEven), b)) +
+         _mm512_permutex2var_ps(a, reinterpret_cast<__m512i>(kEven + 1), b);
+#else
+  Floats sum;
+  for (int i = 0; i < kLanes / 2; ++i) {
+    sum[i] = a[2 * i] + a[2 * i + 1];
+    sum[kLanes / 2 + i] = b[2 * i] + b[2 * i + 1];
+  }
+  return sum;
+#endif
+}
+
+// totals[i] = the sum of the lanes of v[i], which is overwritten.
+template <int kCount>
+void sum_each(Floats* v, float* totals) {
+  int count = kCount;
+  for (int width = kLanes; width > 1; width /= 2) {
+    for (int i = 0; i < count / 2; ++i) v[i] = add_neighbours(v[2 * i], v[2 * i + 1]);
+    if (count % 2 != 0) v[count / 2] = add_neighbours(v[count - 1], v[count - 1]);
+    count = (count + 1) / 2;
+  }
+  std::memcpy(totals, v, sizeof(float) * kCount);
 }
 
 template <int kRows, int kChannels, int kTaps>
@@ -157,10 +199,19 @@ void correlate_block(const TapPlanes& x, int64_t channel, int64_t tap,
       }
     }
   }
+  // A copy: the sums themselves must have no address, to be in registers.
+  Floats copy[kChannels][kTaps][kRows];
+  for (int c = 0; c < kChannels; ++c) {
+    for (int j = 0; j < kTaps; ++j) {
+      for (int q = 0; q < kRows; ++q) copy[c][j][q] = sum[c][j][q];
+    }
+  }
+  float totals[kChannels][kTaps][kRows];
+  sum_each<kChannels * kTaps * kRows>(&copy[0][0][0], &totals[0][0][0]);
   for (int c = 0; c < kChannels; ++c) {
     for (int j = 0; j < kTaps; ++j) {
       float* target = sums + ((channel + c) * x.taps + tap + j) * g.rows + row;
-      for (int q = 0; q < kRows; ++q) target[q] += sum_lanes(sum[c][j][q]);
+      for (int q = 0; q < kRows; ++q) target[q] += totals[c][j][q];
     }
   }
 }

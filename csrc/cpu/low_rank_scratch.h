@@ -20,6 +20,10 @@ struct Sample {
   T* data;
   int64_t channels;
   int64_t channel, plane, row, column;
+
+  Sample part(int64_t first, int64_t count) const {
+    return {data + first * channel, count, channel, plane, row, column};
+  }
 };
 
 template <typename T>
