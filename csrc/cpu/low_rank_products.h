@@ -19,6 +19,17 @@ constexpr int kSums = kRegisters * 3 / 4;  // vectors of sums in registers
 constexpr int kMaxRows = kRegisters / 4;   // of a low-rank operand, at a time
 constexpr int kMaxVectors = 6;
 
+// A load for several products: GCC would repeat it in each, and loads are what is scarce.
+inline Floats load_once(const float* source) {
+  Floats value = load_vector<float>(source);
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(value));
+#elif defined(__SSE2__)
+  __asm__("" : "+x"(value));
+#endif
+  return value;
+}
+
 // Channels of planes; plane i of a channel and its taps begin at offsets[i * taps + tap].
 struct TapPlanes {
   const float* data;
@@ -178,20 +189,20 @@ void correlate_block(const TapPlanes& x, int64_t channel, int64_t tap,
       // The smaller side stays in registers.
       if constexpr (kRows <= kChannels * kTaps) {
         Floats low[kRows];
-        for (int q = 0; q < kRows; ++q) low[q] = load_vector<float>(rows + q * g.row_stride + i);
+        for (int q = 0; q < kRows; ++q) low[q] = load_once(rows + q * g.row_stride + i);
         for (int c = 0; c < kChannels; ++c) {
           for (int j = 0; j < kTaps; ++j) {
-            const Floats value = load_vector<float>(source[c][j] + i);
+            const Floats value = load_once(source[c][j] + i);
             for (int q = 0; q < kRows; ++q) sum[c][j][q] += value * low[q];
           }
         }
       } else {
         Floats value[kChannels][kTaps];
         for (int c = 0; c < kChannels; ++c) {
-          for (int j = 0; j < kTaps; ++j) value[c][j] = load_vector<float>(source[c][j] + i);
+          for (int j = 0; j < kTaps; ++j) value[c][j] = load_once(source[c][j] + i);
         }
         for (int q = 0; q < kRows; ++q) {
-          const Floats low = load_vector<float>(rows + q * g.row_stride + i);
+          const Floats low = load_once(rows + q * g.row_stride + i);
           for (int c = 0; c < kChannels; ++c) {
             for (int j = 0; j < kTaps; ++j) sum[c][j][q] += value[c][j] * low;
           }
