@@ -6,12 +6,15 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from petite_fast import settings
 from petite_fast.backends import (
     eager,
     native,
     native_compress,
     native_dropout,
+    native_low_rank,
     native_norm_act,
     triton,
 )
@@ -38,6 +41,12 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
         ("triton", triton.can_run_dropout, triton.dropout),
         ("native", native_dropout.can_run_dropout, native_dropout.dropout),
     ],
+    "low_rank_input": [
+        ("native", native_low_rank.can_run_low_rank_input, native_low_rank.low_rank_input),
+    ],
+    "low_rank_gradient": [
+        ("native", native_low_rank.can_run_low_rank_gradient, native_low_rank.low_rank_gradient),
+    ],
     "norm_act": [
         ("native", native_norm_act.can_run_norm_act, native_norm_act.norm_act),
     ],
@@ -51,6 +60,12 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
         ("native", native_norm_act.can_run_unpack_signs, native_norm_act.unpack_signs),
     ],
 }
+
+
+@torch.compiler.assume_constant_result
+def runs_native() -> bool:
+    """Whether the native module is there and may be used."""
+    return settings.backend() in (None, "native") and native.available()[0]
 
 
 def choose(op: str, *args: Any) -> Callable[..., Any]:
