@@ -58,7 +58,7 @@ float* floats(const char* name, const Operand& operand, int64_t elements) {
   return static_cast<float*>(data_of(operand));
 }
 
-void run(const ShapeArguments& shape, const VolumeArguments& x, const VolumeArguments& grad_y,
+bool run(const ShapeArguments& shape, const VolumeArguments& x, const VolumeArguments& grad_y,
          const VolumeArguments& t, const Operand& a, const Operand& b, const Operand& bias,
          const Operand& grad_a, const Operand& grad_b, const Operand& grad_bias,
          const Operand& workspace, int threads) {
@@ -66,6 +66,7 @@ void run(const ShapeArguments& shape, const VolumeArguments& x, const VolumeArgu
   const LowRankShape s = shape_of(shape);
   const int64_t outputs = s.batch * voxels(s.output);
   const int64_t taps = voxels(s.kernel);
+  bool finite = true;
   const LowRankParams p{s,
                         volume_of("x", x, s.batch * s.channels * voxels(s.input)),
                         volume_of("grad_y", grad_y, outputs * s.outputs),
@@ -76,7 +77,8 @@ void run(const ShapeArguments& shape, const VolumeArguments& x, const VolumeArgu
                         floats("grad_a", grad_a, s.rank * s.channels * taps),
                         floats("grad_b", grad_b, s.outputs * s.rank),
                         floats("grad_bias", grad_bias, s.outputs),
-                        floats("workspace", workspace, low_rank_workspace(s, threads))};
+                        floats("workspace", workspace, low_rank_workspace(s, threads)),
+                        &finite};
   require(p.workspace != nullptr, "workspace must not be null");
   const bool forward = p.grad_y.data == nullptr;
   require(!forward || p.t.data != nullptr, "t or grad_y must be given");
@@ -87,12 +89,14 @@ void run(const ShapeArguments& shape, const VolumeArguments& x, const VolumeArgu
           "without b, outputs and rank must agree" + got(s.outputs));
   py::gil_scoped_release release;
   low_rank(p, threads);
+  return finite;
 }
 
 }  // namespace
 
 void bind_low_rank(py::module_& m) {
-  m.def("low_rank", &run, "The products of common/low_rank.h, those that are not null.");
+  m.def("low_rank", &run,
+        "The products of common/low_rank.h, those that are not null; whether they are finite.");
   m.def(
       "low_rank_workspace",
       [](const ShapeArguments& shape, int threads) {

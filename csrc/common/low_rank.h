@@ -58,6 +58,9 @@ struct LowRankParams {
   float* grad_b;      // [O, r]
   float* grad_bias;   // [O]
   float* workspace;
+  // Set to whether the gradients are. The zeros between a tile's rows meet x of other rows, so that
+  // an infinity makes NaNs where it has no part.
+  bool* finite;
 };
 
 struct LowRankPlan {
@@ -100,10 +103,10 @@ PF_HOST_DEVICE LowRankPlan low_rank_plan(const LowRankShape& s, int threads) {
     plan.phases[i] = low_rank_smaller(s.stride[i], s.kernel[i]);
     plan.reach[i] = (s.kernel[i] - 1) / s.stride[i];
   }
-  // Zeros at the end of a row serve as the zeros before the next one.
-  const int64_t last = s.output[2] + s.kernel[2] - 1 - s.padding[2] - s.input[2];
-  const int64_t after = low_rank_larger(0, last);
-  const int64_t shared = s.stride[2] == 1 ? low_rank_smaller(s.padding[2], after) : 0;
+  // Zeros at the end of a row serve as the zeros before the next one; outputs share no place.
+  const int64_t after = s.output[2] + s.kernel[2] - 1 - s.padding[2] - s.input[2];
+  const int64_t zeros = low_rank_smaller(s.padding[2], low_rank_larger(0, after));
+  const int64_t shared = s.stride[2] == 1 ? low_rank_smaller(zeros, plan.reach[2]) : 0;
   plan.pitch = s.output[2] + plan.reach[2] - shared;
 
   const int64_t positions = low_rank_smaller(kPositions, kLowFloats / low_rank_smaller(s.rank, 8));

@@ -67,8 +67,10 @@ struct Worker {
       const auto sample = sample_of<T>(p.x, tile.n, s.channels, s.input).part(channel, channels);
       for (next = low_rank_larger(next, first); next < end; ++next) {
         if (next % s.stride[0] >= plan.phases[0]) continue;  // no tap falls on it
-        pack_input_plane(s, plan, sample, next, tile.row, tile.rows,
-                         x + next % plan.slots * plan.in_plane);
+        by_channel(sample, [&](const auto& part, int64_t c) {
+          pack_input_plane(s, plan, part, next, tile.row, tile.rows,
+                           x + (c * plan.slots + next % plan.slots) * plan.in_plane);
+        });
       }
     });
     int64_t* offset = offsets;
@@ -88,10 +90,12 @@ struct Worker {
     with_type(volume.dtype, [&](auto element) {
       using T = const decltype(element);
       const auto sample = sample_of<T>(volume, tile.n, all, p.shape.output).part(channel, channels);
-      for (int64_t i = 0; i < tile.planes; ++i) {
-        pack_output_plane(p.shape, plan, sample, tile.plane + i, tile.row, tile.rows,
-                          target + i * plan.out_plane);
-      }
+      by_channel(sample, [&](const auto& part, int64_t c) {
+        for (int64_t i = 0; i < tile.planes; ++i) {
+          pack_output_plane(p.shape, plan, part, tile.plane + i, tile.row, tile.rows,
+                            target + (c * plan.planes + i) * plan.out_plane);
+        }
+      });
     });
   }
 
@@ -170,13 +174,15 @@ struct Worker {
   }
 };
 
-// The sums of all threads, in their order.
-void add_up(const LowRankParams& p, const LowRankPlan& plan, const float* sums, int used) {
+// The sums of all threads, in their order. Returns whether they are finite.
+bool add_up(const LowRankParams& p, const LowRankPlan& plan, const float* sums, int used) {
   const LowRankShape& s = p.shape;
   const int64_t step = low_rank_thread_floats(plan), columns = s.channels * plan.taps;
+  float not_finite = 0;
   const auto total = [&](int64_t i) {
     float sum = sums[i];
     for (int k = 1; k < used; ++k) sum += sums[k * step + i];
+    not_finite += sum * 0.0f;
     return sum;
   };
   if (p.grad_a != nullptr) {
@@ -191,6 +197,7 @@ void add_up(const LowRankParams& p, const LowRankPlan& plan, const float* sums, 
   if (p.grad_bias != nullptr) {
     for (int64_t o = 0; o < s.outputs; ++o) p.grad_bias[o] = total(second + o);
   }
+  return not_finite == 0;
 }
 
 }  // namespace
@@ -208,7 +215,7 @@ void low_rank(const LowRankParams& p, int threads) {
       for (int64_t unit = units * i / used; unit < units * (i + 1) / used; ++unit) worker.run(unit);
     }
   });
-  add_up(p, plan, scratch + step - plan.sums, used);
+  *p.finite = add_up(p, plan, scratch + step - plan.sums, used);
 }
 
 }  // namespace PF_ISA

@@ -69,14 +69,7 @@ void project_block(const TapPlanes& x, const int64_t* offsets, int64_t position,
                    int64_t row, const LowRows<float>& rows, int64_t first) {
   float* out = rows.data + row * rows.row_stride + first + position;
   const float* a = factors.a + row;
-  Floats sum[kRows][kVectors];
-  for (int q = 0; q < kRows; ++q) {
-    const float start = factors.bias == nullptr ? 0.0f : factors.bias[row + q];
-    for (int v = 0; v < kVectors; ++v) {
-      sum[q][v] = factors.add ? load_vector<float>(out + q * rows.row_stride + v * kLanes)
-                              : Floats{} + start;
-    }
-  }
+  Floats sum[kRows][kVectors] = {};
   const float* channel = x.data + position;
   for (int64_t c = 0; c < x.channels; ++c, channel += x.channel_stride) {
     for (int64_t tap = 0; tap < x.taps; ++tap, a += rows.rows) {
@@ -90,8 +83,11 @@ void project_block(const TapPlanes& x, const int64_t* offsets, int64_t position,
     }
   }
   for (int q = 0; q < kRows; ++q) {
+    const float start = factors.bias == nullptr ? 0.0f : factors.bias[row + q];
     for (int v = 0; v < kVectors; ++v) {
-      store_vector<float>(out + q * rows.row_stride + v * kLanes, sum[q][v]);
+      float* target = out + q * rows.row_stride + v * kLanes;
+      const Floats before = factors.add ? load_vector<float>(target) : Floats{} + start;
+      store_vector<float>(target, before + sum[q][v]);
     }
   }
 }
@@ -131,14 +127,24 @@ void project_rows(const Block& block, const TapPlanes& x, int64_t plane, int64_t
 }
 
 // out[q, v] = sum_{c, tap} a[c, tap, q] x[c, v + offset of the tap], the first `count` positions of
-// each plane rounded up to vectors.
+// each plane rounded up to vectors. Some channels at a time: long sums lose digits.
 static void project(const TapPlanes& x, const Factors& factors, const LowRows<float>& out,
                     int64_t count) {
+  constexpr int64_t kTerms = 1024;
   const int64_t vectors = (count + kLanes - 1) / kLanes;
   const int64_t blocks = (out.rows + kMaxRows - 1) / kMaxRows;
+  const int64_t parts = (x.channels * x.taps + kTerms - 1) / kTerms;
   for (int64_t plane = 0; plane < x.planes; ++plane) {
-    for (int64_t i = 0; i < blocks; ++i) {
-      project_rows<>(Block(out.rows, blocks, i), x, plane, vectors, factors, out);
+    for (int64_t k = 0; k < parts; ++k) {
+      const Block channels(x.channels, parts, k);
+      TapPlanes part = x;
+      part.data += channels.begin * x.channel_stride;
+      part.channels = channels.size;
+      const Factors of_part{factors.a + channels.begin * x.taps * out.rows, factors.bias,
+                            factors.add || k > 0};
+      for (int64_t i = 0; i < blocks; ++i) {
+        project_rows<>(Block(out.rows, blocks, i), part, plane, vectors, of_part, out);
+      }
     }
   }
 }

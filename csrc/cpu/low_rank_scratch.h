@@ -36,6 +36,13 @@ Sample<T> sample_of(const LowRankVolume& volume, int64_t n, int64_t channels, co
   return {data, channels, voxels, size[1] * size[2], size[2], 1};
 }
 
+// Calls function(channels that lie together in memory, number of the first).
+template <typename T, typename Function>
+void by_channel(const Sample<T>& sample, const Function& function) {
+  if (sample.channel == 1) return function(sample, 0);
+  for (int64_t c = 0; c < sample.channels; ++c) function(sample.part(c, 1), c);
+}
+
 // The elements of a row that one phase takes: `count` of them from `source` on, every `step`th, to
 // `target` on.
 struct Columns {

@@ -95,7 +95,7 @@ def low_rank_gradient(
     if want_A or makes_t:
         assert x is not None
         shape = (sizes, x.shape[2:], output, kernel, stride, padding)
-    _run(
+    finite = _run(
         shape,
         x=x if want_A or makes_t else None,
         grad_y=grad_y,
@@ -106,8 +106,7 @@ def low_rank_gradient(
         grad_b=grad_b if want_B else None,
         grad_bias=grad_bias if want_bias else None,
     )
-    # Zeros between the rows of a tile meet values of other rows: an infinity becomes a NaN there.
-    if not all(bool(torch.isfinite(grad).all()) for grad in (grad_a, grad_b)):
+    if not finite:  # An infinity in x or grad_y spreads further than it does in torch.
         return eager.low_rank_gradient(
             grad_y, x, t, lora_A, lora_B, stride, padding, want_A, want_B, want_bias
         )
@@ -127,17 +126,19 @@ def _factors(weight: torch.Tensor) -> torch.Tensor:
     return weight.float().flatten(1).t().contiguous()
 
 
-def _run(shape: Any, **tensors: torch.Tensor | None) -> None:
-    """Call the kernel; sizes as ints and triples, volumes dense."""
+def _run(shape: Any, **tensors: torch.Tensor | None) -> bool:
+    """Call the kernel; whether the gradients are finite."""
     module, _ = native._load()
-    shape = tuple(tuple(int(n) for n in part) for part in shape)
     threads = torch.get_num_threads()
     workspace = torch.empty(module.low_rank_workspace(shape, threads))
     volumes = [_volume(tensors.get(name)) for name in ("x", "grad_y", "t")]
     names = ("a", "b", "bias", "grad_a", "grad_b", "grad_bias")
     operands = [native._operand(tensors.get(name)) for name in names]
     arguments = [(native._operand(t), last) for t, last in volumes]
-    module.low_rank(shape, *arguments, *operands, native._operand(workspace), threads)
+    finite: bool = module.low_rank(
+        shape, *arguments, *operands, native._operand(workspace), threads
+    )
+    return finite
 
 
 def _volume(tensor: torch.Tensor | None) -> tuple[torch.Tensor | None, bool]:
