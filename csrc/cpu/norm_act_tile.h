@@ -38,26 +38,6 @@ inline Floats load_part(const float* source, int64_t count, float fill) {
   return load_vector<float>(lanes);
 }
 
-// In registers, half by half: a layer norm adds lanes twice for every few vectors of a row.
-inline float sum_lanes(Floats v) {
-#if defined(__SSE2__)
-#if defined(__AVX512F__)
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-#elif defined(__AVX2__)
-  const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-#else
-  const __m128 quarter = v;
-#endif
-  const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
-  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
-#else
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-#endif
-}
-
 // The elements of a tensor from `offset` on as floats: where they are, or converted into `buffer`.
 inline const float* stage(const void* data, DType dtype, int64_t offset, int64_t count,
                           float* __restrict buffer) {

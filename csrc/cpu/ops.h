@@ -4,6 +4,7 @@
 #include "common/compress.h"
 #include "common/dropout.h"
 #include "common/effective_weight.h"
+#include "common/low_rank.h"
 #include "common/norm_act.h"
 
 namespace petite_fast {
@@ -14,6 +15,7 @@ namespace petite_fast {
   void quantise(const QuantiseParams& p, int threads);                \
   void dequantise(const DequantiseParams& p, int threads);            \
   void dropout(const DropoutParams& p, int threads);                  \
+  void low_rank(const LowRankParams& p, int threads);                 \
   void norm_act(const NormActForward& p, int threads);                \
   void norm_act_last(const NormActForward& p, int threads);           \
   void norm_act_backward(const NormActBackward& p, int threads);      \
@@ -31,6 +33,7 @@ void effective_weight(const EffectiveWeightParams& p, int threads);
 void quantise(const QuantiseParams& p, int threads);
 void dequantise(const DequantiseParams& p, int threads);
 void dropout(const DropoutParams& p, int threads);
+void low_rank(const LowRankParams& p, int threads);
 void norm_act(const NormActForward& p, int threads);
 void norm_act_backward(const NormActBackward& p, int threads);
 void pack_signs(const SignRows& p, int threads);

@@ -5,6 +5,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "common/dtype.h"
 
 namespace petite_fast {
@@ -47,6 +51,26 @@ static inline Vector<Acc> load_vector(const T* source) {
 template <typename Acc>
 static inline void store_vector(Acc* target, Vector<Acc> value) {
   std::memcpy(target, &value, sizeof(value));
+}
+
+// In registers, half by half.
+static inline float sum_lanes(Vector<float> v) {
+#if defined(__SSE2__)
+#if defined(__AVX512F__)
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+  const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+#else
+  const __m128 quarter = v;
+#endif
+  const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
+#else
+  float sum = 0;
+  for (int i = 0; i < VectorOf<float>::kLanes; ++i) sum += v[i];
+  return sum;
+#endif
 }
 
 }  // namespace PF_ISA

@@ -20,6 +20,7 @@ from petite_fast.backends.eager_norm_act import pack_signs as pack_signs
 from petite_fast.backends.eager_norm_act import unpack_signs as unpack_signs
 from petite_fast.backends.eager_random import dropout as dropout
 
+_POINTWISE = ((1, 1, 1), (0, 0, 0), (1, 1, 1))  # stride, padding, dilation
 ONEDNN_ELEMENTS = 20480  # PyTorch asks N*C*D*H of the input to exceed this before it takes oneDNN
 
 
@@ -170,6 +171,50 @@ def conv_grad_weight(
         [False, True, False],
     )[1]  # fmt: skip
     return (grad.to_dense() if grad.is_mkldnn else grad).contiguous()
+
+
+def low_rank_input(
+    x: torch.Tensor, lora_A: torch.Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> torch.Tensor:
+    """t[q, v] = sum_{c, tap} A[q, c, tap] x[c, s v + tap - p]. -> [N, r, ...]."""
+    return conv(x, lora_A, None, stride, padding, (1, 1, 1), False, (0, 0, 0), 1)
+
+
+def low_rank_gradient(
+    grad_y: torch.Tensor,
+    x: torch.Tensor | None,
+    t: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    want_A: bool,
+    want_B: bool,
+    want_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of A, B and the bias, in float32 (float64 for float64); empty if not wanted.
+
+    dA[q, c, tap] = sum_v G[q, v] x[c, s v + tap - p], G = B' grad_y; dB = sum_v grad_y[v] t[v]',
+    with t of `low_rank_input` unless it is given; db = sum_v grad_y[v]. No lora_B: G = grad_y.
+    """
+    wide = torch.float64 if grad_y.dtype == torch.float64 else torch.float32
+    grad_a = grad_b = grad_bias = grad_y.new_empty(0, dtype=wide)
+    if want_A:
+        assert x is not None
+        low = grad_y
+        if lora_B is not None:
+            b = lora_B.t()[..., None, None, None].contiguous()
+            low = conv(grad_y, b, None, *_POINTWISE, False, (0, 0, 0), 1)
+        grad_a = conv_grad_weight(low, x, lora_A.shape, stride, padding, (1, 1, 1), 1).to(wide)
+    if want_B:
+        if t is None:
+            assert x is not None
+            t = low_rank_input(x, lora_A, stride, padding)
+        size = (grad_y.shape[1], lora_A.shape[0], 1, 1, 1)
+        grad_b = conv_grad_weight(grad_y, t, size, *_POINTWISE, 1).flatten(1).to(wide)
+    if want_bias:
+        grad_bias = grad_y.sum((0, 2, 3, 4), dtype=wide)
+    return grad_a, grad_b, grad_bias
 
 
 def _is_product(

@@ -22,6 +22,17 @@ SMALLEST_GAMMA = 1e-2
 LARGEST_SHIFT = 10.0  # of |beta / gamma|
 
 
+class Wants(NamedTuple):
+    """Which gradients `Map.low_rank_gradient` computes."""
+
+    lora_A: bool
+    lora_B: bool
+    bias: bool
+
+
+LowRankGradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
 class Map(Protocol):
     """A linear map with a weight; immutable. `r` channels per group are the low-rank space."""
 
@@ -73,11 +84,46 @@ class Map(Protocol):
     ) -> torch.Tensor:
         """d(loss)/dB for scale 1, through t."""
 
+    def low_rank_gradient(
+        self,
+        grad_y: torch.Tensor,
+        x: torch.Tensor | None,
+        t: torch.Tensor | None,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        gamma: torch.Tensor | None,
+        wants: Wants,
+    ) -> LowRankGradients:
+        """The gradients of A, B (for scale 1) and the bias from x, or from t without A's."""
+
     def low_rank_is_smaller(self, x: torch.Tensor, lora_A: torch.Tensor) -> bool:
         """Whether t takes less memory than x."""
 
     def low_rank_is_faster(self, weight: torch.Tensor, r: int) -> bool:
         """Whether the low-rank weight gradient beats the full one."""
+
+
+def composed_low_rank_gradient(
+    map_: Map,
+    grad_y: torch.Tensor,
+    x: torch.Tensor | None,
+    t: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    gamma: torch.Tensor | None,
+    wants: Wants,
+) -> LowRankGradients:
+    """`Map.low_rank_gradient` by the map's other methods."""
+    grad_a = grad_b = None
+    if wants.lora_A:
+        assert x is not None
+        grad_a = map_.low_rank_grad_A(grad_y, x, lora_A, lora_B, gamma)
+    if wants.lora_B:
+        if t is None:
+            assert x is not None
+            t = map_.low_rank_input(x, lora_A)
+        grad_b = map_.low_rank_grad_B(grad_y, t, lora_B, gamma)
+    return grad_a, grad_b, map_.grad_bias(grad_y) if wants.bias else None
 
 
 class Plan(NamedTuple):
@@ -259,8 +305,19 @@ def _gradients(grad_y: torch.Tensor, ctx: Any) -> tuple[torch.Tensor | None, ...
         del w_eff
 
     kept: Any = None if plan.keep == "nothing" else remade.restore(saved, ctx.record)
-    if need_b or need_beta or need_gamma:
-        total = map_.grad_bias(grad_y)
+    need_total = need_b or need_beta or need_gamma
+    total = None
+    if plan.low_rank and (need_a or need_B):
+        x, t = (None, kept) if plan.keep == "t" else (kept, None)
+        a, b = lora_A.to(dtype), lora_B.to(dtype)
+        wants = Wants(need_a, need_B, need_total)
+        grad_a, grad_B, total = map_.low_rank_gradient(grad_y, x, t, a, b, gamma, wants)
+        if grad_a is not None:
+            grad_a = (grad_a * scale).to(lora_A.dtype)
+        if grad_B is not None:
+            grad_B = (grad_B * scale).to(lora_B.dtype)
+    if need_total:
+        total = map_.grad_bias(grad_y) if total is None else total
         if need_beta:
             grad_beta = total.to(beta.dtype)
         if need_b:
@@ -271,15 +328,7 @@ def _gradients(grad_y: torch.Tensor, ctx: Any) -> tuple[torch.Tensor | None, ...
                 grad_gamma = grad_gamma - total * beta
             grad_gamma = (grad_gamma / gamma).to(gamma.dtype)
 
-    if plan.low_rank and (need_a or need_B):
-        a, b = lora_A.to(dtype), lora_B.to(dtype)
-        if need_a:
-            grad_a = map_.low_rank_grad_A(grad_y, kept, a, b, gamma)
-            grad_a = (grad_a * scale).to(lora_A.dtype)
-        if need_B:
-            t = kept if plan.keep == "t" else map_.low_rank_input(kept, a)
-            grad_B = (map_.low_rank_grad_B(grad_y, t, b, gamma) * scale).to(lora_B.dtype)
-    elif plan.keep == "x" and (need_w or need_a or need_B or need_gamma):
+    if not plan.low_rank and plan.keep == "x" and (need_w or need_a or need_B or need_gamma):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         grad = map_.grad_weight(grad_y, kept, weight.shape).to(wide)
         if need_gamma:

@@ -132,6 +132,19 @@ class LinearMap:
         grad = _tokens(grad_y).t() @ _tokens(t)
         return grad if gamma is None else grad * gamma.unsqueeze(1)
 
+    def low_rank_gradient(
+        self,
+        grad_y: torch.Tensor,
+        x: torch.Tensor | None,
+        t: torch.Tensor | None,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        gamma: torch.Tensor | None,
+        wants: adapted.Wants,
+    ) -> adapted.LowRankGradients:
+        """Three products and a sum."""
+        return adapted.composed_low_rank_gradient(self, grad_y, x, t, lora_A, lora_B, gamma, wants)
+
     def low_rank_is_smaller(self, x: torch.Tensor, lora_A: torch.Tensor) -> bool:
         """r < C."""
         return lora_A.shape[0] < lora_A.shape[1]

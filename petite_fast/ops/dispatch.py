@@ -16,6 +16,7 @@ from petite_fast.backends import (
     native,
     native_compress,
     native_dropout,
+    native_low_rank,
     native_norm_act,
     triton,
 )
@@ -41,6 +42,12 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
     "dropout": [
         ("triton", triton.can_run_dropout, triton.dropout),
         ("native", native_dropout.can_run_dropout, native_dropout.dropout),
+    ],
+    "low_rank_input": [
+        ("native", native_low_rank.can_run_low_rank_input, native_low_rank.low_rank_input),
+    ],
+    "low_rank_gradient": [
+        ("native", native_low_rank.can_run_low_rank_gradient, native_low_rank.low_rank_gradient),
     ],
     "norm_act": [
         ("native", native_norm_act.can_run_norm_act, native_norm_act.norm_act),
@@ -85,6 +92,12 @@ def explaining() -> Iterator[Counter[Decision]]:
         yield _explaining
     finally:
         _explaining = before
+
+
+@torch.compiler.assume_constant_result
+def runs_native() -> bool:
+    """Whether the native module is there and may be used."""
+    return settings.backend() in (None, "native") and native.available()[0]
 
 
 def choose(op: str, *args: Any) -> Callable[..., Any]:

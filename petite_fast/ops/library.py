@@ -164,6 +164,48 @@ dropout = _define(
 )
 
 
+def _fake_low_rank_input(
+    x: torch.Tensor, lora_A: torch.Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> torch.Tensor:
+    return _fake_conv(x, lora_A, None, stride, padding, (1, 1, 1), False, (0, 0, 0), 1)
+
+
+def _fake_low_rank_gradient(
+    grad_y: torch.Tensor,
+    x: torch.Tensor | None,
+    t: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    want_A: bool,
+    want_B: bool,
+    want_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    wide = torch.promote_types(grad_y.dtype, torch.float32)
+    outputs = grad_y.shape[1]
+    return (
+        grad_y.new_empty(lora_A.shape if want_A else 0, dtype=wide),
+        grad_y.new_empty((outputs, lora_A.shape[0]) if want_B else 0, dtype=wide),
+        grad_y.new_empty(outputs if want_bias else 0, dtype=wide),
+    )
+
+
+# Convolutions without groups or dilation whose weight is low-rank: A, then B [O, r].
+low_rank_input = _define(
+    "low_rank_input",
+    "Tensor x, Tensor lora_A, int[] stride, int[] padding",
+    _fake_low_rank_input,
+)
+low_rank_gradient = _define(
+    "low_rank_gradient",
+    "Tensor grad_y, Tensor? x, Tensor? t, Tensor lora_A, Tensor? lora_B, int[] stride,"
+    " int[] padding, bool want_A, bool want_B, bool want_bias",
+    _fake_low_rank_gradient,
+    "(Tensor, Tensor, Tensor)",
+)
+
+
 def _fake_norm_act(
     x: torch.Tensor, *args: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
