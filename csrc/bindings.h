@@ -41,6 +41,9 @@ inline void check_operand(const char* name, const Operand& operand, int64_t elem
       prefix + "must have " + std::to_string(elements) + " elements" + got(std::get<2>(operand)));
 }
 
+// bindings_depthwise.cpp
+void bind_depthwise(py::module_& m);
+
 // bindings_norm_act.cpp
 void bind_norm_act(py::module_& m);
 

@@ -2,24 +2,27 @@
 #pragma once
 
 #include "common/compress.h"
+#include "common/depthwise.h"
 #include "common/dropout.h"
 #include "common/effective_weight.h"
 #include "common/norm_act.h"
 
 namespace petite_fast {
 
-#define PF_DECLARE_CPU_OPS(isa)                                       \
-  namespace isa {                                                     \
-  void effective_weight(const EffectiveWeightParams& p, int threads); \
-  void quantise(const QuantiseParams& p, int threads);                \
-  void dequantise(const DequantiseParams& p, int threads);            \
-  void dropout(const DropoutParams& p, int threads);                  \
-  void norm_act(const NormActForward& p, int threads);                \
-  void norm_act_last(const NormActForward& p, int threads);           \
-  void norm_act_backward(const NormActBackward& p, int threads);      \
-  void norm_act_last_backward(const NormActBackward& p, int threads); \
-  void pack_signs(const SignRows& p, int threads);                    \
-  void unpack_signs(const SignRows& p, int threads);                  \
+#define PF_DECLARE_CPU_OPS(isa)                                                \
+  namespace isa {                                                              \
+  void effective_weight(const EffectiveWeightParams& p, int threads);          \
+  void quantise(const QuantiseParams& p, int threads);                         \
+  void dequantise(const DequantiseParams& p, int threads);                     \
+  void dropout(const DropoutParams& p, int threads);                           \
+  void depthwise(const DepthwiseParams& p, int threads);                       \
+  void depthwise_grad_weight(const DepthwiseGradWeightParams& p, int threads); \
+  void norm_act(const NormActForward& p, int threads);                         \
+  void norm_act_last(const NormActForward& p, int threads);                    \
+  void norm_act_backward(const NormActBackward& p, int threads);               \
+  void norm_act_last_backward(const NormActBackward& p, int threads);          \
+  void pack_signs(const SignRows& p, int threads);                             \
+  void unpack_signs(const SignRows& p, int threads);                           \
   }
 
 PF_DECLARE_CPU_OPS(baseline)
@@ -31,6 +34,8 @@ void effective_weight(const EffectiveWeightParams& p, int threads);
 void quantise(const QuantiseParams& p, int threads);
 void dequantise(const DequantiseParams& p, int threads);
 void dropout(const DropoutParams& p, int threads);
+void depthwise(const DepthwiseParams& p, int threads);
+void depthwise_grad_weight(const DepthwiseGradWeightParams& p, int threads);
 void norm_act(const NormActForward& p, int threads);
 void norm_act_backward(const NormActBackward& p, int threads);
 void pack_signs(const SignRows& p, int threads);
