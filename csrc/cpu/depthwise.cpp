@@ -22,6 +22,11 @@ struct Line {
 struct Lines {
   Line line[kDepthwiseSide * kDepthwiseSide];
   int count = 0;
+
+  // To the next block of lanes.
+  void move(int64_t source, int64_t taps) {
+    for (int l = 0; l < count; ++l) line[l] = {line[l].source + source, line[l].taps + taps};
+  }
 };
 
 // Targets t < kCount of a row, out[t] = bias + sum over lines and k of taps[k] source[t * S + k].
@@ -109,28 +114,38 @@ void compute_row(const RowPlan& plan, int64_t stride, const Lines& lines, Floats
   }
 }
 
-// taps[tap][lane]
+constexpr int64_t kTapFloats = kDepthwiseTaps * kLanes;
+
+// taps[block][tap][lane] and bias[block][lane]
 template <typename T>
-void pack_taps(const DepthwiseParams& p, const LaneBlock& block, bool flipped, float* taps,
+void pack_taps(const DepthwiseParams& p, const LaneGroup& group, bool flipped, float* taps,
                float* bias) {
-  for (int64_t l = 0; l < block.lanes; ++l) {
-    const int64_t channel = (block.channel + l) % p.shape.channels;
+  for (int64_t l = 0; l < group.lanes; ++l) {
+    const int64_t channel = (group.channel + l) % p.shape.channels;
     const T* weight = static_cast<const T*>(p.weight) + channel * kDepthwiseTaps;
+    float* to = taps + l / kLanes * kTapFloats + l % kLanes;
     for (int tap = 0; tap < kDepthwiseTaps; ++tap) {
-      const int to = flipped ? tap - 2 * (tap % 3) + 2 : tap;
-      taps[to * kLanes + l] = widen<float>(weight[tap]);
+      to[(flipped ? tap - 2 * (tap % 3) + 2 : tap) * kLanes] = widen<float>(weight[tap]);
     }
     if (p.bias != nullptr) bias[l] = widen<float>(static_cast<const T*>(p.bias)[channel]);
   }
 }
 
+// What a unit works on.
+struct Workspace {
+  Ring ring;
+  float* results;
+  int64_t block_results;  // floats
+};
+
 template <typename T>
-void run_unit(const DepthwiseParams& p, const RowPlan& plan, const Unit& unit, Ring ring,
-              float* results) {
+void run_unit(const DepthwiseParams& p, const RowPlan& plan, const Unit& unit, Workspace work) {
   const auto& [d, h, w] = p.shape.axis;
   const bool adjoint = p.adjoint;
-  alignas(64) float taps[kDepthwiseTaps * kLanes] = {}, bias[kLanes] = {};
-  pack_taps<T>(p, unit.block, plan.flipped, taps, bias);
+  const LaneGroup& group = unit.group;
+  constexpr int64_t kBlocks = LaneGroups::kMostBlocks;
+  alignas(64) float taps[kBlocks * kTapFloats] = {}, bias[kBlocks * kLanes] = {};
+  pack_taps<T>(p, group, plan.flipped, taps, bias);
 
   const int64_t source_width = source_size(w, adjoint), source_rows = source_size(h, adjoint);
   const int64_t width = target_size(w, adjoint), height = target_size(h, adjoint);
@@ -140,18 +155,19 @@ void run_unit(const DepthwiseParams& p, const RowPlan& plan, const Unit& unit, R
                                p.shape.channels, last};
   const Volume<T> target{static_cast<T*>(p.target), target_size(d, adjoint) * height * width,
                          p.shape.channels, last};
+  Ring& ring = work.ring;
   ring.first = first_source(h, adjoint, unit.height[0]);
   const int64_t band = last_source(h, adjoint, unit.height[1] - 1) + 1 - ring.first;
+  const int64_t step = rows_at_once(width);
 
   int64_t next = 0;  // source plane to pack
   for (int64_t od = unit.depth[0]; od < unit.depth[1]; ++od) {
     const int64_t from = first_source(d, adjoint, od), to = last_source(d, adjoint, od);
     for (next = std::max(next, from); next <= to; ++next) {
-      pack(source, unit.block, (next * source_rows + ring.first) * source_width,
-           band * source_width,
-           Rows{ring.row(next, ring.first) + ring.low * kLanes, source_width, ring.pitch});
+      pack(source, group, (next * source_rows + ring.first) * source_width, band * source_width,
+           Rows{ring.row(next, ring.first) + ring.low * kLanes, source_width, ring.pitch,
+                ring.floats()});
     }
-    const int64_t step = rows_at_once(width);
     for (int64_t begin = unit.height[0]; begin < unit.height[1]; begin += step) {
       const int64_t end = std::min(begin + step, unit.height[1]);
       for (int64_t oh = begin; oh < end; ++oh) {
@@ -164,11 +180,15 @@ void run_unit(const DepthwiseParams& p, const RowPlan& plan, const Unit& unit, R
             lines.line[lines.count++] = {ring.row(id, ih), taps + tap * kDepthwiseSide * kLanes};
           }
         }
-        compute_row(plan, w.stride, lines, load(bias),
-                    results + (oh - begin) * plan.computed * kLanes);
+        float* out = work.results + (oh - begin) * plan.computed * kLanes;
+        for (int64_t block = 0; block < group.blocks(); ++block, out += work.block_results) {
+          compute_row(plan, w.stride, lines, load(bias + block * kLanes), out);
+          lines.move(ring.floats(), kTapFloats);
+        }
       }
-      unpack(Rows{results + plan.out_before * kLanes, width, plan.computed},
-             (od * height + begin) * width, (end - begin) * width, target, unit.block);
+      unpack(
+          Rows{work.results + plan.out_before * kLanes, width, plan.computed, work.block_results},
+          (od * height + begin) * width, (end - begin) * width, target, group);
     }
   }
 }
@@ -178,23 +198,20 @@ void run_unit(const DepthwiseParams& p, const RowPlan& plan, const Unit& unit, R
 void depthwise(const DepthwiseParams& p, int threads) {
   const auto& [d, h, w] = p.shape.axis;
   const RowPlan plan(w, p.adjoint);
-  const LaneBlocks blocks(p.shape);
-  const int64_t voxels =
-      target_size(d, p.adjoint) * target_size(h, p.adjoint) * target_size(w, p.adjoint);
-  threads = useful_threads(blocks.count * voxels, threads);
+  threads = useful_threads(p.shape, p.adjoint, threads);
   const Units units(p.shape, p.adjoint, plan.pitch * kLanes, threads);
-  const Ring ring{nullptr, plan.pitch, units.most_source_rows(h, p.adjoint), plan.low, 0};
+  const int64_t blocks = units.groups.blocks();
   const int64_t results = rows_at_once(target_size(w, p.adjoint)) * plan.computed * kLanes;
+  const Ring ring{nullptr, plan.pitch, units.most_source_rows(h, p.adjoint), plan.low, 0};
   parallel_for(units.count, 1, threads, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(ring.floats() + results);
-    Ring own = ring;
-    own.at = scratch.at();
+    const Scratch scratch(blocks * (ring.floats() + results));
+    Workspace work{ring, scratch.at() + blocks * ring.floats(), results};
+    work.ring.at = scratch.at();
     for (int64_t u = begin; u < end; ++u) {
-      float* rows = own.at + ring.floats();
       if (p.shape.dtype == DType::kFloat32) {
-        run_unit<float>(p, plan, units[u], own, rows);
+        run_unit<float>(p, plan, units[u], work);
       } else {
-        run_unit<BFloat16>(p, plan, units[u], own, rows);
+        run_unit<BFloat16>(p, plan, units[u], work);
       }
     }
   });

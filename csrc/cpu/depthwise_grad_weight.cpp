@@ -28,23 +28,22 @@ struct Interior {
 // Adds the products of a row of grad_y and of kRows rows of x to sums[row][tap].
 template <int S, int kRows>
 inline void add_row(const DepthwiseAxis& w, const Interior& interior, const float* grad,
-                    const float* const (&x)[kDepthwiseSide], float* sums) {
+                    const float* x, int64_t pitch, float* sums) {
   Floats sum[kRows][kDepthwiseSide] = {};
   const auto edge = [&](int64_t t) {
     const Floats g = load(grad + t * kLanes);
     const int64_t first = t * S - w.padding;
     for (int k = 0; k < kDepthwiseSide; ++k) {
       if (first + k < 0 || first + k >= w.large) continue;
-      for (int r = 0; r < kRows; ++r) sum[r][k] += g * load(x[r] + (first + k) * kLanes);
+      for (int r = 0; r < kRows; ++r) sum[r][k] += g * load(x + (r * pitch + first + k) * kLanes);
     }
   };
   for (int64_t t = 0; t < interior.begin; ++t) edge(t);
-  const int64_t shift = -w.padding * kLanes;
   for (int64_t t = interior.begin; t < interior.end; ++t) {
     const Floats g = load(grad + t * kLanes);
 #pragma GCC unroll 3
     for (int r = 0; r < kRows; ++r) {
-      const float* here = x[r] + t * S * kLanes + shift;
+      const float* here = x + (r * pitch + t * S - w.padding) * kLanes;
 #pragma GCC unroll 3
       for (int k = 0; k < kDepthwiseSide; ++k) sum[r][k] += g * load(here + k * kLanes);
     }
@@ -60,16 +59,16 @@ inline void add_row(const DepthwiseAxis& w, const Interior& interior, const floa
 
 template <int S>
 inline void add_rows(int64_t rows, const DepthwiseAxis& w, const Interior& interior,
-                     const float* grad, const float* const (&x)[kDepthwiseSide], float* sums) {
-  if (rows == 3) return add_row<S, 3>(w, interior, grad, x, sums);
-  if (rows == 2) return add_row<S, 2>(w, interior, grad, x, sums);
-  if (rows == 1) add_row<S, 1>(w, interior, grad, x, sums);
+                     const float* grad, const float* x, int64_t pitch, float* sums) {
+  if (rows == 3) return add_row<S, 3>(w, interior, grad, x, pitch, sums);
+  if (rows == 2) return add_row<S, 2>(w, interior, grad, x, pitch, sums);
+  if (rows == 1) add_row<S, 1>(w, interior, grad, x, pitch, sums);
 }
 
-// total[tap][lane] of one unit.
+// total[block][tap][lane] of one unit.
 template <typename T>
 void run_unit(const DepthwiseGradWeightParams& p, const Unit& unit, Ring ring, float* grads,
-              float* total) {
+              int64_t block_grads, float* total) {
   const auto& [d, h, w] = p.shape.axis;
   const bool last = p.shape.channels_last;
   const Volume<const T> source{static_cast<const T*>(p.x), d.large * h.large * w.large,
@@ -79,58 +78,62 @@ void run_unit(const DepthwiseGradWeightParams& p, const Unit& unit, Ring ring, f
   const Interior interior(w);
   ring.first = first_source(h, false, unit.height[0]);
   const int64_t band = last_source(h, false, unit.height[1] - 1) + 1 - ring.first;
-  alignas(64) float sums[kSumFloats];
+  const int64_t step = rows_at_once(w.small);
+  const int64_t blocks = unit.group.blocks();
+  alignas(64) float sums[LaneGroups::kMostBlocks * kSumFloats];
 
   int64_t next = 0;
   for (int64_t od = unit.depth[0]; od < unit.depth[1]; ++od) {
     const int64_t from = first_source(d, false, od), to = last_source(d, false, od);
     for (next = std::max(next, from); next <= to; ++next) {
-      pack(source, unit.block, (next * h.large + ring.first) * w.large, band * w.large,
-           Rows{ring.row(next, ring.first), w.large, ring.pitch});
+      pack(source, unit.group, (next * h.large + ring.first) * w.large, band * w.large,
+           Rows{ring.row(next, ring.first), w.large, ring.pitch, ring.floats()});
     }
     std::memset(sums, 0, sizeof(sums));
-    const int64_t step = rows_at_once(w.small);
     for (int64_t begin = unit.height[0]; begin < unit.height[1]; begin += step) {
       const int64_t end = std::min(begin + step, unit.height[1]);
-      pack(grad_y, unit.block, (od * h.small + begin) * w.small, (end - begin) * w.small,
-           Rows{grads, w.small, w.small});
+      pack(grad_y, unit.group, (od * h.small + begin) * w.small, (end - begin) * w.small,
+           Rows{grads, w.small, w.small, block_grads});
       for (int64_t oh = begin; oh < end; ++oh) {
         const float* grad = grads + (oh - begin) * w.small * kLanes;
         const int64_t top = first_source(h, false, oh);
         const int64_t rows = last_source(h, false, oh) + 1 - top;
         for (int64_t id = from; id <= to; ++id) {
-          const float* x[kDepthwiseSide];
-          for (int r = 0; r < kDepthwiseSide; ++r)
-            x[r] = ring.row(id, top) + r * ring.pitch * kLanes;
           const int64_t tap = (depthwise_tap(d, false, od, id) * kDepthwiseSide +
                                depthwise_tap(h, false, oh, top)) *
                               kDepthwiseSide;
-          float* sum = sums + tap * kLanes;
-          if (w.stride == 1) {
-            add_rows<1>(rows, w, interior, grad, x, sum);
-          } else {
-            add_rows<2>(rows, w, interior, grad, x, sum);
+          for (int64_t b = 0; b < blocks; ++b) {
+            const float* x = ring.row(id, top) + b * ring.floats();
+            float* sum = sums + b * kSumFloats + tap * kLanes;
+            if (w.stride == 1) {
+              add_rows<1>(rows, w, interior, grad + b * block_grads, x, ring.pitch, sum);
+            } else {
+              add_rows<2>(rows, w, interior, grad + b * block_grads, x, ring.pitch, sum);
+            }
           }
         }
       }
     }
-    for (int64_t i = 0; i < kSumFloats; ++i) total[i] += sums[i];
+    for (int64_t i = 0; i < blocks * kSumFloats; ++i) total[i] += sums[i];
   }
 }
 
 template <typename T>
 void add_units(const DepthwiseGradWeightParams& p, const Units& units, const float* totals) {
-  const int64_t per_block = units.chunks * units.bands;
-  const int64_t samples = p.shape.samples;
+  const LaneGroups& groups = units.groups;
+  const int64_t per_group = units.chunks * units.bands;
+  const int64_t unit_floats = groups.blocks() * kSumFloats;
   for (int64_t c = 0; c < p.shape.channels; ++c) {
     float sum[kDepthwiseTaps] = {};
-    for (int64_t n = 0; n < samples; ++n) {
-      // The lane of this channel and sample.
+    for (int64_t n = 0; n < p.shape.samples; ++n) {
+      // Where this channel of this sample was summed.
       const int64_t row = p.shape.channels_last ? c : n * p.shape.channels + c;
-      const int64_t block =
-          row / kLanes + (p.shape.channels_last ? n * units.blocks.per_sample : 0);
-      for (int64_t u = block * per_block; u < (block + 1) * per_block; ++u) {
-        const float* total = totals + u * kSumFloats + row % kLanes;
+      const int64_t group =
+          row / groups.lanes + (p.shape.channels_last ? n * groups.per_sample : 0);
+      const int64_t lane = row % groups.lanes;
+      const float* total =
+          totals + group * per_group * unit_floats + lane / kLanes * kSumFloats + lane % kLanes;
+      for (int64_t u = 0; u < per_group; ++u, total += unit_floats) {
         for (int tap = 0; tap < kDepthwiseTaps; ++tap) sum[tap] += total[tap * kLanes];
       }
     }
@@ -142,18 +145,19 @@ void add_units(const DepthwiseGradWeightParams& p, const Units& units, const flo
 template <typename T>
 void run(const DepthwiseGradWeightParams& p, int threads) {
   const auto& [d, h, w] = p.shape.axis;
-  const LaneBlocks blocks(p.shape);
-  threads = useful_threads(blocks.count * d.small * h.small * w.small, threads);
+  threads = useful_threads(p.shape, false, threads);
   const Units units(p.shape, false, w.large * kLanes, threads);
-  const Ring ring{nullptr, w.large, units.most_source_rows(h, false), 0, 0};
+  const int64_t blocks = units.groups.blocks();
   const int64_t grads = rows_at_once(w.small) * w.small * kLanes;
-  const Scratch totals(units.count * kSumFloats);
+  const Ring ring{nullptr, w.large, units.most_source_rows(h, false), 0, 0};
+  const Scratch totals(units.count * blocks * kSumFloats);
   parallel_for(units.count, 1, threads, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(ring.floats() + grads);
+    const Scratch scratch(blocks * (ring.floats() + grads));
     Ring own = ring;
     own.at = scratch.at();
     for (int64_t u = begin; u < end; ++u) {
-      run_unit<T>(p, units[u], own, own.at + ring.floats(), totals.at() + u * kSumFloats);
+      run_unit<T>(p, units[u], own, own.at + blocks * ring.floats(), grads,
+                  totals.at() + u * blocks * kSumFloats);
     }
   });
   add_units<T>(p, units, totals.at());

@@ -82,28 +82,39 @@ inline void transpose(Floats (&rows)[kLanes]) {
   }
 }
 
-// kLanes channels of one sample (channels last), or kLanes of the N * C volumes.
-struct LaneBlock {
+// Channels that are handled together: up to kMostBlocks * kLanes of one sample (channels last,
+// where they are neighbours in memory), or kLanes of the N * C volumes.
+struct LaneGroup {
   int64_t sample;   // channels last
   int64_t channel;  // the first; not channels last: of N * C
   int64_t lanes;    // in use
+  int64_t blocks() const { return (lanes + kLanes - 1) / kLanes; }
 };
 
-struct LaneBlocks {
+struct LaneGroups {
+  static constexpr int64_t kMostBlocks = 4;
+  int64_t lanes;  // of a group
   int64_t per_sample;
   int64_t count;
   int64_t rows;
-  bool channels_last;
 
-  explicit LaneBlocks(const DepthwiseShape& s) : channels_last(s.channels_last) {
-    rows = channels_last ? s.channels : s.samples * s.channels;
-    per_sample = (rows + kLanes - 1) / kLanes;
-    count = per_sample * (channels_last ? s.samples : 1);
+  // Where the depth is too small to be shared by the threads, the groups are.
+  LaneGroups(const DepthwiseShape& s, int64_t depth, int threads) {
+    rows = s.channels_last ? s.channels : s.samples * s.channels;
+    const int64_t samples = s.channels_last ? s.samples : 1;
+    const int64_t all = (rows + kLanes - 1) / kLanes;
+    int64_t blocks = s.channels_last ? std::min(all, kMostBlocks) : 1;
+    while (blocks > 1 && samples * ((all + blocks - 1) / blocks) < threads && depth < 16) --blocks;
+    lanes = blocks * kLanes;
+    per_sample = (rows + lanes - 1) / lanes;
+    count = per_sample * samples;
   }
 
-  LaneBlock operator[](int64_t index) const {
-    const int64_t channel = index % per_sample * kLanes;
-    return {index / per_sample, channel, std::min<int64_t>(kLanes, rows - channel)};
+  int64_t blocks() const { return lanes / kLanes; }
+
+  LaneGroup operator[](int64_t index) const {
+    const int64_t channel = index % per_sample * lanes;
+    return {index / per_sample, channel, std::min<int64_t>(lanes, rows - channel)};
   }
 };
 
@@ -112,6 +123,7 @@ struct Rows {
   float* at;  // the first voxel
   int64_t width;
   int64_t pitch;
+  int64_t next_block;  // floats from a block of lanes to the same voxel of the next
 };
 
 class RowCursor {
@@ -134,7 +146,7 @@ class RowCursor {
   int64_t left_;
 };
 
-// A dense volume, seen through a block of lanes.
+// A dense volume, seen through a group of lanes.
 template <typename T>
 struct Volume {
   T* data;
@@ -142,22 +154,27 @@ struct Volume {
   int64_t channels;  // distance between voxels when channels are last
   bool channels_last;
 
-  T* of(const LaneBlock& block) const {
-    return data + (channels_last ? block.sample * voxels * channels + block.channel
-                                 : block.channel * voxels);
+  T* of(const LaneGroup& group) const {
+    return data + (channels_last ? group.sample * voxels * channels + group.channel
+                                 : group.channel * voxels);
   }
 };
 
 // `count` voxels from number `first` on into `rows`; lanes that are not in use become zero.
 template <typename T>
-void pack(const Volume<const T>& volume, const LaneBlock& block, int64_t first, int64_t count,
+void pack(const Volume<const T>& volume, const LaneGroup& group, int64_t first, int64_t count,
           const Rows& rows) {
   RowCursor cursor(rows);
-  const T* source = volume.of(block);
+  const T* source = volume.of(group);
   if (volume.channels_last) {
     source += first * volume.channels;
     for (int64_t i = 0; i < count; ++i, source += volume.channels) {
-      store(cursor.next(), load_part(source, block.lanes));
+      float* at = cursor.next();
+      int64_t l = 0;
+      for (; l + kLanes <= group.lanes; l += kLanes, at += rows.next_block) {
+        store(at, load(source + l));
+      }
+      if (l < group.lanes) store(at, load_part(source + l, group.lanes - l));
     }
     return;
   }
@@ -165,12 +182,12 @@ void pack(const Volume<const T>& volume, const LaneBlock& block, int64_t first, 
     const int64_t here = std::min<int64_t>(kLanes, count - i);
     const T* at = source + first + i;
     Floats tile[kLanes];
-    if (here == kLanes && block.lanes == kLanes) {
+    if (here == kLanes && group.lanes == kLanes) {
 #pragma GCC unroll 16
       for (int l = 0; l < kLanes; ++l) tile[l] = load(at + l * volume.voxels);
     } else {
       for (int l = 0; l < kLanes; ++l) {
-        tile[l] = l < block.lanes ? load_part(at + l * volume.voxels, here) : Floats{};
+        tile[l] = l < group.lanes ? load_part(at + l * volume.voxels, here) : Floats{};
       }
     }
     transpose(tile);
@@ -181,13 +198,18 @@ void pack(const Volume<const T>& volume, const LaneBlock& block, int64_t first, 
 // The way back.
 template <typename T>
 void unpack(const Rows& rows, int64_t first, int64_t count, const Volume<T>& volume,
-            const LaneBlock& block) {
+            const LaneGroup& group) {
   RowCursor cursor(rows);
-  T* target = volume.of(block);
+  T* target = volume.of(group);
   if (volume.channels_last) {
     target += first * volume.channels;
     for (int64_t i = 0; i < count; ++i, target += volume.channels) {
-      store_part(target, load(cursor.next()), block.lanes);
+      const float* at = cursor.next();
+      int64_t l = 0;
+      for (; l + kLanes <= group.lanes; l += kLanes, at += rows.next_block) {
+        store(target + l, load(at));
+      }
+      if (l < group.lanes) store_part(target + l, load(at), group.lanes - l);
     }
     return;
   }
@@ -197,11 +219,11 @@ void unpack(const Rows& rows, int64_t first, int64_t count, const Volume<T>& vol
     Floats tile[kLanes] = {};
     for (int64_t v = 0; v < here; ++v) tile[v] = load(cursor.next());
     transpose(tile);
-    if (here == kLanes && block.lanes == kLanes) {
+    if (here == kLanes && group.lanes == kLanes) {
 #pragma GCC unroll 16
       for (int l = 0; l < kLanes; ++l) store(at + l * volume.voxels, tile[l]);
     } else {
-      for (int64_t l = 0; l < block.lanes; ++l) store_part(at + l * volume.voxels, tile[l], here);
+      for (int64_t l = 0; l < group.lanes; ++l) store_part(at + l * volume.voxels, tile[l], here);
     }
   }
 }
@@ -229,7 +251,8 @@ class Scratch {
   float* at_;
 };
 
-// Three planes of the source that slide along the depth: plane i lies in slot i % 3.
+// Three planes of the source that slide along the depth, of every block of lanes: plane i lies in
+// slot i % 3.
 struct Ring {
   float* at;
   int64_t pitch;  // vectors in a row
@@ -244,9 +267,9 @@ struct Ring {
   int64_t floats() const { return kSlots * rows * pitch * kLanes; }
 };
 
-// Independent pieces of work: a block of lanes, a range of target planes, a band of target rows.
+// Independent pieces of work: a group of lanes, a range of target planes, a band of target rows.
 struct Unit {
-  LaneBlock block;
+  LaneGroup group;
   int64_t depth[2];
   int64_t height[2];
 };
@@ -254,19 +277,20 @@ struct Unit {
 struct Units {
   static constexpr int64_t kRingFloats = 128 * 1024;  // half of the second-level cache
   static constexpr int64_t kFewestPlanes = 4;         // a range reads up to two planes more
-  LaneBlocks blocks;
-  int64_t depth, height, chunks, bands, count;
+  int64_t depth, height;
+  LaneGroups groups;
+  int64_t chunks, bands, count;
 
   // `row_floats`: of a row in the ring.
-  Units(const DepthwiseShape& s, bool adjoint, int64_t row_floats, int threads) : blocks(s) {
-    const DepthwiseAxis& h = s.axis[1];
-    depth = target_size(s.axis[0], adjoint);
-    height = target_size(h, adjoint);
-    const int64_t plane = Ring::kSlots * row_floats * source_size(h, adjoint);
-    bands = std::min((plane + kRingFloats - 1) / kRingFloats, height);
+  Units(const DepthwiseShape& s, bool adjoint, int64_t row_floats, int threads)
+      : depth(target_size(s.axis[0], adjoint)),
+        height(target_size(s.axis[1], adjoint)),
+        groups(s, depth, threads) {
+    const int64_t plane = groups.blocks() * row_floats * source_size(s.axis[1], adjoint);
+    bands = std::min((Ring::kSlots * plane + kRingFloats - 1) / kRingFloats, height);
     chunks = 1;
     // Even shares: a multiple of the threads, or many.
-    const int64_t units = blocks.count * bands;
+    const int64_t units = groups.count * bands;
     while ((chunks + 1) * kFewestPlanes <= depth && units * chunks < 4 * threads &&
            units * chunks % threads != 0) {
       ++chunks;
@@ -276,7 +300,7 @@ struct Units {
 
   Unit operator[](int64_t index) const {
     const int64_t band = index % bands, chunk = index / bands % chunks;
-    return {blocks[index / (bands * chunks)],
+    return {groups[index / (bands * chunks)],
             {depth * chunk / chunks, depth * (chunk + 1) / chunks},
             {height * band / bands, height * (band + 1) / bands}};
   }
@@ -289,10 +313,12 @@ struct Units {
   }
 };
 
-// Threads that are worth waking for so many vectors of voxels.
-inline int useful_threads(int64_t vectors, int threads) {
-  constexpr int64_t kGrain = 1024;
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, vectors / kGrain)));
+// Threads that are worth waking for so many targets.
+inline int useful_threads(const DepthwiseShape& s, bool adjoint, int threads) {
+  constexpr int64_t kGrain = 16 * 1024;
+  int64_t targets = s.samples * s.channels;
+  for (const DepthwiseAxis& a : s.axis) targets *= target_size(a, adjoint);
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, targets / kGrain)));
 }
 
 // Rows of one plane handled between two visits to the volume: a few tiles, which stay in the
