@@ -100,17 +100,25 @@ struct RowPlan {
   }
 };
 
-void compute_row(const RowPlan& plan, int64_t stride, const Lines& lines, Floats bias, float* out) {
-  const int64_t longs = plan.computed / kLong * kLong;
-  if (plan.pairs) {
-    for (int64_t t = 0; t < longs; t += kLong) spread<kLong / 2>(lines, t / 2, bias, out);
-    if (longs < plan.computed) spread<kShort / 2>(lines, longs / 2, bias, out);
-  } else if (stride == 1 || plan.flipped) {
-    for (int64_t t = 0; t < longs; t += kLong) gather<1, kLong>(lines, t, bias, out);
-    if (longs < plan.computed) gather<1, kShort>(lines, longs, bias, out);
-  } else {
-    for (int64_t t = 0; t < longs; t += kLong) gather<2, kLong>(lines, t, bias, out);
-    if (longs < plan.computed) gather<2, kShort>(lines, longs, bias, out);
+// `count` rows of results, a few columns at a time: what one row reads, the next reads again.
+void compute_rows(const RowPlan& plan, int64_t stride, const Lines* lines, int64_t count,
+                  Floats bias, float* out) {
+  const int64_t pitch = plan.computed * kLanes;
+  for (int64_t t = 0; t < plan.computed; t += kLong) {
+    const bool is_long = t + kLong <= plan.computed;
+    for (int64_t r = 0; r < count; ++r) {
+      float* row = out + r * pitch;
+      if (plan.pairs) {
+        is_long ? spread<kLong / 2>(lines[r], t / 2, bias, row)
+                : spread<kShort / 2>(lines[r], t / 2, bias, row);
+      } else if (stride == 1 || plan.flipped) {
+        is_long ? gather<1, kLong>(lines[r], t, bias, row)
+                : gather<1, kShort>(lines[r], t, bias, row);
+      } else {
+        is_long ? gather<2, kLong>(lines[r], t, bias, row)
+                : gather<2, kShort>(lines[r], t, bias, row);
+      }
+    }
   }
 }
 
@@ -170,21 +178,22 @@ void run_unit(const DepthwiseParams& p, const RowPlan& plan, const Unit& unit, W
     }
     for (int64_t begin = unit.height[0]; begin < unit.height[1]; begin += step) {
       const int64_t end = std::min(begin + step, unit.height[1]);
+      Lines lines[kMostRows];
       for (int64_t oh = begin; oh < end; ++oh) {
-        Lines lines;
+        Lines& row = lines[oh - begin];
         for (int64_t id = from; id <= to; ++id) {
           const int64_t plane = kDepthwiseSide * depthwise_tap(d, adjoint, od, id);
           const int64_t bottom = last_source(h, adjoint, oh);
           for (int64_t ih = first_source(h, adjoint, oh); ih <= bottom; ++ih) {
             const int64_t tap = plane + depthwise_tap(h, adjoint, oh, ih);
-            lines.line[lines.count++] = {ring.row(id, ih), taps + tap * kDepthwiseSide * kLanes};
+            row.line[row.count++] = {ring.row(id, ih), taps + tap * kDepthwiseSide * kLanes};
           }
         }
-        float* out = work.results + (oh - begin) * plan.computed * kLanes;
-        for (int64_t block = 0; block < group.blocks(); ++block, out += work.block_results) {
-          compute_row(plan, w.stride, lines, load(bias + block * kLanes), out);
-          lines.move(ring.floats(), kTapFloats);
-        }
+      }
+      for (int64_t b = 0; b < group.blocks(); ++b) {
+        compute_rows(plan, w.stride, lines, end - begin, load(bias + b * kLanes),
+                     work.results + b * work.block_results);
+        for (int64_t r = 0; r < end - begin; ++r) lines[r].move(ring.floats(), kTapFloats);
       }
       unpack(
           Rows{work.results + plan.out_before * kLanes, width, plan.computed, work.block_results},

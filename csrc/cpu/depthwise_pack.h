@@ -323,7 +323,10 @@ inline int useful_threads(const DepthwiseShape& s, bool adjoint, int threads) {
 
 // Rows of one plane handled between two visits to the volume: a few tiles, which stay in the
 // first-level cache.
-inline int64_t rows_at_once(int64_t width) { return std::max<int64_t>(1, 64 / width); }
+constexpr int64_t kMostRows = 8;
+inline int64_t rows_at_once(int64_t width) {
+  return std::max<int64_t>(8, std::min<int64_t>(kMostRows, 64 / width));
+}
 
 }  // namespace
 }  // namespace PF_ISA
