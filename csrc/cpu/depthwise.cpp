@@ -13,6 +13,15 @@ namespace {
 constexpr int64_t kShort = 4;  // targets computed together at least
 constexpr int64_t kLong = 8;   // the most: accumulators of independent chains
 
+// In a register: the compiler would read memory again at every use, and loads are the bottleneck.
+inline Floats load_once(const float* source) {
+  Floats value = load(source);
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#endif
+  return value;
+}
+
 // A row of the source and its three taps.
 struct Line {
   const float* source;
@@ -41,7 +50,7 @@ inline void gather(const Lines& lines, int64_t from, Floats bias, float* out) {
     const Floats w[3] = {load(taps), load(taps + kLanes), load(taps + 2 * kLanes)};
 #pragma GCC unroll 17
     for (int j = 0; j < S * (kCount - 1) + 3; ++j) {
-      const Floats x = load(source + j * kLanes);
+      const Floats x = load_once(source + j * kLanes);
 #pragma GCC unroll 3
       for (int k = 0; k < 3; ++k) {
         if (j >= k && (j - k) % S == 0 && (j - k) / S < kCount) sum[(j - k) / S] += w[k] * x;
@@ -65,7 +74,7 @@ inline void spread(const Lines& lines, int64_t from, Floats bias, float* out) {
     Floats before = load(source);
 #pragma GCC unroll 4
     for (int t = 0; t < kPairs; ++t) {
-      const Floats here = load(source + (t + 1) * kLanes);
+      const Floats here = load_once(source + (t + 1) * kLanes);
       even[t] += w[2] * before;
       even[t] += w[0] * here;
       odd[t] += w[1] * here;
