@@ -11,6 +11,9 @@ from petite_fast.backends import native
 from petite_fast.backends.eager import conv_layout
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_LANES = 16
+_SMALL = 512  # voxels up to which the time of a call is not the kernel's
+_FEWEST = {"conv": _LANES, "adjoint": 4, "grad_weight": 8}  # channels, channels-last
 
 
 def can_run_conv(
@@ -27,7 +30,8 @@ def can_run_conv(
     """Whether `conv` takes these arguments, and why not."""
     if bias is not None and bias.dtype != x.dtype:
         return False, f"bias is {bias.dtype}, x is {x.dtype}"
-    return _can_run(x, weight, weight.shape, stride, padding, dilation, groups)
+    kind = "adjoint" if transposed else "conv"
+    return _can_run(kind, x, weight, weight.shape, stride, padding, dilation, groups)
 
 
 def can_run_conv_grad_input(
@@ -42,7 +46,8 @@ def can_run_conv_grad_input(
     groups: int,
 ) -> tuple[bool, str]:
     """Whether `conv_grad_input` takes these arguments, and why not."""
-    return _can_run(grad_y, weight, weight.shape, stride, padding, dilation, groups)
+    kind = "conv" if transposed else "adjoint"
+    return _can_run(kind, grad_y, weight, weight.shape, stride, padding, dilation, groups)
 
 
 def can_run_conv_grad_weight(
@@ -55,7 +60,7 @@ def can_run_conv_grad_weight(
     groups: int,
 ) -> tuple[bool, str]:
     """Whether `conv_grad_weight` takes these arguments, and why not."""
-    return _can_run(x, grad_y, weight_size, stride, padding, dilation, groups)
+    return _can_run("grad_weight", x, grad_y, weight_size, stride, padding, dilation, groups)
 
 
 def conv(
@@ -114,6 +119,7 @@ def conv_grad_weight(
 
 
 def _can_run(
+    kind: str,
     x: torch.Tensor,
     other: torch.Tensor,
     weight_size: Sequence[int],
@@ -133,7 +139,29 @@ def _can_run(
         return False, f"no kernel for {x.dtype} and {other.dtype}"
     if x.numel() == 0 or other.numel() == 0:
         return False, "a tensor is empty"
-    return native.available()
+    reason = _why_slower(kind, x, other)
+    return (False, reason) if reason else native.available()
+
+
+def _why_slower(kind: str, x: torch.Tensor, other: torch.Tensor) -> str:
+    """Where torch was measured to be as fast or faster, and why; empty where it was not.
+
+    Ratios are torch's time over ours, 1 and 2 threads, 1 to 256 channels at 8^3 to 48^3.
+    """
+    samples, channels = x.shape[:2]
+    if x.shape[2:].numel() <= _SMALL:
+        return ""  # 1.0 to 30
+    if samples * channels == 1 and kind != "adjoint":
+        return "one lane is in use"  # 0.5 with stride 2
+    if conv_layout(x, other) != torch.channels_last_3d:
+        return ""  # 1.0 (4 channels) to 40
+    if channels < _FEWEST[kind]:
+        return f"{channels} channels are too few in channels-last memory"  # 0.3 to 1.2
+    if kind == "conv" and channels % _LANES:
+        return "oneDNN is faster on channels in part of a vector"  # 0.5 to 1.0
+    if kind == "conv" and x.dtype == torch.bfloat16:
+        return "oneDNN is faster in bfloat16, channels-last"  # 0.6 to 0.9
+    return ""
 
 
 def _run(
