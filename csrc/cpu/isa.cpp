@@ -92,15 +92,7 @@ void set_isa(const std::string& name) {
   void name(const Params& p, int threads) { baseline::name(p, threads); }
 #endif
 
-PF_DISPATCH(effective_weight, EffectiveWeightParams)
-PF_DISPATCH(quantise, QuantiseParams)
-PF_DISPATCH(dequantise, DequantiseParams)
-PF_DISPATCH(dropout, DropoutParams)
-PF_DISPATCH(low_rank, LowRankParams)
-PF_DISPATCH(norm_act, NormActForward)
-PF_DISPATCH(norm_act_backward, NormActBackward)
-PF_DISPATCH(pack_signs, SignRows)
-PF_DISPATCH(unpack_signs, SignRows)
+PF_FOR_CPU_OPS(PF_DISPATCH)
 #undef PF_DISPATCH
 
 }  // namespace petite_fast

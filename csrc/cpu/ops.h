@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/compress.h"
+#include "common/depthwise.h"
 #include "common/dropout.h"
 #include "common/effective_weight.h"
 #include "common/low_rank.h"
@@ -9,35 +10,34 @@
 
 namespace petite_fast {
 
+// name, parameters
+#define PF_FOR_CPU_OPS(X)                             \
+  X(effective_weight, EffectiveWeightParams)          \
+  X(quantise, QuantiseParams)                         \
+  X(dequantise, DequantiseParams)                     \
+  X(dropout, DropoutParams)                           \
+  X(low_rank, LowRankParams)                          \
+  X(depthwise, DepthwiseParams)                       \
+  X(depthwise_grad_weight, DepthwiseGradWeightParams) \
+  X(norm_act, NormActForward)                         \
+  X(norm_act_backward, NormActBackward)               \
+  X(pack_signs, SignRows)                             \
+  X(unpack_signs, SignRows)
+
+#define PF_DECLARE(name, Params) void name(const Params& p, int threads);
 #define PF_DECLARE_CPU_OPS(isa)                                       \
   namespace isa {                                                     \
-  void effective_weight(const EffectiveWeightParams& p, int threads); \
-  void quantise(const QuantiseParams& p, int threads);                \
-  void dequantise(const DequantiseParams& p, int threads);            \
-  void dropout(const DropoutParams& p, int threads);                  \
-  void low_rank(const LowRankParams& p, int threads);                 \
-  void norm_act(const NormActForward& p, int threads);                \
+  PF_FOR_CPU_OPS(PF_DECLARE)                                          \
   void norm_act_last(const NormActForward& p, int threads);           \
-  void norm_act_backward(const NormActBackward& p, int threads);      \
   void norm_act_last_backward(const NormActBackward& p, int threads); \
-  void pack_signs(const SignRows& p, int threads);                    \
-  void unpack_signs(const SignRows& p, int threads);                  \
   }
 
 PF_DECLARE_CPU_OPS(baseline)
 PF_DECLARE_CPU_OPS(avx2)
 PF_DECLARE_CPU_OPS(avx512)
+PF_FOR_CPU_OPS(PF_DECLARE)
 #undef PF_DECLARE_CPU_OPS
-
-void effective_weight(const EffectiveWeightParams& p, int threads);
-void quantise(const QuantiseParams& p, int threads);
-void dequantise(const DequantiseParams& p, int threads);
-void dropout(const DropoutParams& p, int threads);
-void low_rank(const LowRankParams& p, int threads);
-void norm_act(const NormActForward& p, int threads);
-void norm_act_backward(const NormActBackward& p, int threads);
-void pack_signs(const SignRows& p, int threads);
-void unpack_signs(const SignRows& p, int threads);
+#undef PF_DECLARE
 
 // Runs the phases of the CUDA kernel on the host, block by block with `threads` virtual threads.
 void emulate_effective_weight(const EffectiveWeightParams& p, int threads);

@@ -21,6 +21,7 @@ from petite_fast.backends.eager_norm_act import unpack_signs as unpack_signs
 from petite_fast.backends.eager_random import dropout as dropout
 
 _POINTWISE = ((1, 1, 1), (0, 0, 0), (1, 1, 1))  # stride, padding, dilation
+HEAVY_WEIGHT = 4  # times the elements of x
 ONEDNN_ELEMENTS = 20480  # PyTorch asks N*C*D*H of the input to exceed this before it takes oneDNN
 
 
@@ -69,7 +70,11 @@ def conv(
     groups: int,
 ) -> torch.Tensor:
     """y = conv(x, weight, bias), plain or transposed. x [N, C, D, H, W]."""
-    layout = conv_layout(x, weight)
+    layout = inner = conv_layout(x, weight)
+    if weight.numel() > HEAVY_WEIGHT * x.numel() and weight.is_contiguous():
+        # Deep layers: two copies of the volumes instead of one of the weight (measured: 1.9x faster
+        # for 512 channels at 4^3; from about 8^3 on the two are equal).
+        inner = torch.contiguous_format
     if not transposed and _is_product(x, weight, stride, padding, groups):
         matrix = weight.flatten(1).expand(len(x), -1, -1)
         if bias is None:
@@ -79,14 +84,14 @@ def conv(
         return y.view(len(x), -1, *x.shape[2:])
     if not transposed and torch_takes_vol2col(x, weight, groups):
         y = torch.ops.aten.mkldnn_convolution(
-            x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), bias,
+            x.contiguous(memory_format=inner), weight.contiguous(memory_format=inner), bias,
             padding, stride, dilation, groups,
         )  # fmt: skip
     elif transposed and onednn_ready(x, weight):
         # at::convolution would also take oneDNN for large x, but through a slower front door
         # (measured: 1.8x slower on 32 channels at 48^3).
         y = torch.ops.mkldnn._convolution_transpose_pointwise(
-            x.contiguous(memory_format=layout), weight, bias, list(padding), list(output_padding),
+            x.contiguous(memory_format=inner), weight, bias, list(padding), list(output_padding),
             list(stride), list(dilation), groups, "none", [], "",
         )  # fmt: skip
     else:

@@ -15,6 +15,7 @@ from petite_fast.backends import (
     eager,
     native,
     native_compress,
+    native_depthwise,
     native_dropout,
     native_low_rank,
     native_norm_act,
@@ -28,6 +29,15 @@ logger = logging.getLogger("petite_fast")
 # op -> backends that implement it, fastest first: (name, predicate, function). The predicate
 # takes the function's own arguments. Eager is last, takes everything, and has no predicate.
 _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
+    "conv": [
+        ("native", native_depthwise.can_run_conv, native_depthwise.conv),
+    ],
+    "conv_grad_input": [
+        ("native", native_depthwise.can_run_conv_grad_input, native_depthwise.conv_grad_input),
+    ],
+    "conv_grad_weight": [
+        ("native", native_depthwise.can_run_conv_grad_weight, native_depthwise.conv_grad_weight),
+    ],
     "effective_weight": [
         ("native", native.can_run_effective_weight, native.effective_weight),
     ],

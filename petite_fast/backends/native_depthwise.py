@@ -1,0 +1,201 @@
+"""Depthwise 3x3x3 convolutions of the native backend. No autograd here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from petite_fast.backends import native
+from petite_fast.backends.eager import conv_layout
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_LANES = 16
+_SMALL = 512  # voxels up to which the time of a call is not the kernel's
+_FEWEST = {"conv": _LANES, "adjoint": 4, "grad_weight": 8}  # channels, channels-last
+
+
+def can_run_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> tuple[bool, str]:
+    """Whether `conv` takes these arguments, and why not."""
+    if bias is not None and bias.dtype != x.dtype:
+        return False, f"bias is {bias.dtype}, x is {x.dtype}"
+    kind = "adjoint" if transposed else "conv"
+    return _can_run(kind, x, weight, weight.shape, stride, padding, dilation, groups)
+
+
+def can_run_conv_grad_input(
+    grad_y: torch.Tensor,
+    weight: torch.Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> tuple[bool, str]:
+    """Whether `conv_grad_input` takes these arguments, and why not."""
+    kind = "conv" if transposed else "adjoint"
+    return _can_run(kind, grad_y, weight, weight.shape, stride, padding, dilation, groups)
+
+
+def can_run_conv_grad_weight(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[bool, str]:
+    """Whether `conv_grad_weight` takes these arguments, and why not."""
+    return _can_run("grad_weight", x, grad_y, weight_size, stride, padding, dilation, groups)
+
+
+def conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """y = conv(x, weight, bias), plain or transposed, for what `can_run_conv` accepts."""
+    size = [
+        (n - 1) * s - 2 * p + 3 + o if transposed else (n + 2 * p - 3) // s + 1
+        for n, s, p, o in zip(x.shape[2:], stride, padding, output_padding, strict=True)
+    ]
+    return _run(x, weight, bias, size, stride, padding, adjoint=transposed)
+
+
+def conv_grad_input(
+    grad_y: torch.Tensor,
+    weight: torch.Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """grad_x of `conv`, for what `can_run_conv_grad_input` accepts."""
+    return _run(grad_y, weight, None, input_size[2:], stride, padding, adjoint=not transposed)
+
+
+def conv_grad_weight(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """grad_weight of the plain convolution, for what `can_run_conv_grad_weight` accepts."""
+    layout = conv_layout(x, grad_y)
+    x = x.contiguous(memory_format=layout)
+    grad_y = grad_y.contiguous(memory_format=layout)
+    grad = torch.empty(tuple(weight_size), dtype=x.dtype, device="cpu")
+    native._load()[0].depthwise_grad_weight(
+        _shape(x.shape, grad_y.shape[2:], stride, padding, layout), native._operand(x),
+        native._operand(grad_y), native._operand(grad), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad
+
+
+def _can_run(
+    kind: str,
+    x: torch.Tensor,
+    other: torch.Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[bool, str]:
+    channels, per_group, *kernel = weight_size
+    if channels != groups or per_group != 1:
+        return False, "the convolution is not depthwise"
+    if kernel != [3, 3, 3] or max(dilation) > 1 or max(stride) > 2 or max(padding) > 1:
+        return False, "no kernel for this geometry"
+    if x.device.type != "cpu":
+        return False, f"no kernel for device {x.device.type!r}"
+    if x.dtype not in _DTYPES or other.dtype != x.dtype:
+        return False, f"no kernel for {x.dtype} and {other.dtype}"
+    if x.numel() == 0 or other.numel() == 0:
+        return False, "a tensor is empty"
+    reason = _why_slower(kind, x, other)
+    return (False, reason) if reason else native.available()
+
+
+def _why_slower(kind: str, x: torch.Tensor, other: torch.Tensor) -> str:
+    """Where torch was measured to be as fast or faster, and why; empty where it was not.
+
+    Ratios are torch's time over ours, 1 and 2 threads, 1 to 256 channels at 8^3 to 48^3.
+    """
+    samples, channels = x.shape[:2]
+    if x.shape[2:].numel() <= _SMALL:
+        return ""  # 1.0 to 30
+    if samples * channels == 1 and kind != "adjoint":
+        return "one lane is in use"  # 0.5 with stride 2
+    if conv_layout(x, other) != torch.channels_last_3d:
+        return ""  # 1.0 (4 channels) to 40
+    if channels < _FEWEST[kind]:
+        return f"{channels} channels are too few in channels-last memory"  # 0.3 to 1.2
+    if kind == "conv" and channels % _LANES:
+        return "oneDNN is faster on channels in part of a vector"  # 0.5 to 1.0
+    if kind == "conv" and x.dtype == torch.bfloat16:
+        return "oneDNN is faster in bfloat16, channels-last"  # 0.6 to 0.9
+    return ""
+
+
+def _run(
+    source: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    *,
+    adjoint: bool,
+) -> torch.Tensor:
+    layout = conv_layout(source, weight)
+    source = source.contiguous(memory_format=layout)
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    target = torch.empty(
+        (*source.shape[:2], *size), dtype=source.dtype, device="cpu", memory_format=layout
+    )
+    large, small = (target, source) if adjoint else (source, target)
+    native._load()[0].depthwise(
+        _shape(large.shape, small.shape[2:], stride, padding, layout), adjoint,
+        native._operand(source), native._operand(weight), native._operand(bias),
+        native._operand(target), torch.get_num_threads(),
+    )  # fmt: skip
+    return target
+
+
+def _shape(
+    large: Sequence[int],
+    small: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    layout: torch.memory_format,
+) -> tuple[Any, ...]:
+    axes = list(zip(large[2:], small, stride, padding, strict=True))
+    return large[0], large[1], axes, layout == torch.channels_last_3d
