@@ -44,4 +44,7 @@ inline void check_operand(const char* name, const Operand& operand, int64_t elem
 // bindings_norm_act.cpp
 void bind_norm_act(py::module_& m);
 
+// bindings_shuffle.cpp
+void bind_shuffle(py::module_& m);
+
 }  // namespace petite_fast

@@ -100,6 +100,7 @@ PF_DISPATCH(norm_act, NormActForward)
 PF_DISPATCH(norm_act_backward, NormActBackward)
 PF_DISPATCH(pack_signs, SignRows)
 PF_DISPATCH(unpack_signs, SignRows)
+PF_DISPATCH(shuffle, ShuffleParams)
 #undef PF_DISPATCH
 
 }  // namespace petite_fast

@@ -5,6 +5,7 @@
 #include "common/dropout.h"
 #include "common/effective_weight.h"
 #include "common/norm_act.h"
+#include "common/shuffle.h"
 
 namespace petite_fast {
 
@@ -20,6 +21,7 @@ namespace petite_fast {
   void norm_act_last_backward(const NormActBackward& p, int threads); \
   void pack_signs(const SignRows& p, int threads);                    \
   void unpack_signs(const SignRows& p, int threads);                  \
+  void shuffle(const ShuffleParams& p, int threads);                  \
   }
 
 PF_DECLARE_CPU_OPS(baseline)
@@ -35,6 +37,7 @@ void norm_act(const NormActForward& p, int threads);
 void norm_act_backward(const NormActBackward& p, int threads);
 void pack_signs(const SignRows& p, int threads);
 void unpack_signs(const SignRows& p, int threads);
+void shuffle(const ShuffleParams& p, int threads);
 
 // Runs the phases of the CUDA kernel on the host, block by block with `threads` virtual threads.
 void emulate_effective_weight(const EffectiveWeightParams& p, int threads);

@@ -13,6 +13,7 @@ from petite_fast.backends import (
     native_compress,
     native_dropout,
     native_norm_act,
+    native_shuffle,
     triton,
 )
 
@@ -23,6 +24,15 @@ logger = logging.getLogger("petite_fast")
 # op -> backends that implement it, fastest first: (name, predicate, function). The predicate
 # takes the function's own arguments. Eager is last, takes everything, and has no predicate.
 _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
+    "conv": [
+        ("native", native_shuffle.can_run_conv, native_shuffle.conv),
+    ],
+    "conv_grad_input": [
+        ("native", native_shuffle.can_run_conv_grad_input, native_shuffle.conv_grad_input),
+    ],
+    "conv_grad_weight": [
+        ("native", native_shuffle.can_run_conv_grad_weight, native_shuffle.conv_grad_weight),
+    ],
     "effective_weight": [
         ("native", native.can_run_effective_weight, native.effective_weight),
     ],
@@ -51,13 +61,17 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
         ("native", native_norm_act.can_run_unpack_signs, native_norm_act.unpack_signs),
     ],
 }
+# The native kernels are for some geometries; ATen's convolution is what a forced backend has for
+# the others.
+_PARTIAL = {"conv", "conv_grad_input", "conv_grad_weight"}
 
 
 def choose(op: str, *args: Any) -> Callable[..., Any]:
     """The function that runs `op` on `args`.
 
     With PETITE_FAST_BACKEND set, that backend or an error: an op that the named backend does not
-    have at all runs on eager, an op that it has but cannot run on `args` raises.
+    have at all, or has for some geometries only (`_PARTIAL`), runs on eager; another op that it has
+    but cannot run on `args` raises.
 
     Raises:
         RuntimeError: the forced backend cannot run this call; the text is its reason.
@@ -69,7 +83,7 @@ def choose(op: str, *args: Any) -> Callable[..., Any]:
         possible, reason = can_run(*args)
         if possible:
             return function
-        if forced:
+        if forced and op not in _PARTIAL:
             raise RuntimeError(f"{op}: backend {name!r} was forced and cannot run: {reason}")
         logger.debug("%s: not on %s: %s", op, name, reason)
     return getattr(eager, op)
