@@ -307,5 +307,6 @@ PYBIND11_MODULE(_native, m) {
   petite_fast::bind_dropout(m);
   petite_fast::bind_norm_act(m);
   petite_fast::bind_shuffle(m);
+  petite_fast::bind_stem(m);
   petite_fast::bind_testing(testing);
 }

@@ -47,4 +47,7 @@ void bind_norm_act(py::module_& m);
 // bindings_shuffle.cpp
 void bind_shuffle(py::module_& m);
 
+// bindings_stem.cpp
+void bind_stem(py::module_& m);
+
 }  // namespace petite_fast

@@ -101,6 +101,7 @@ PF_DISPATCH(norm_act_backward, NormActBackward)
 PF_DISPATCH(pack_signs, SignRows)
 PF_DISPATCH(unpack_signs, SignRows)
 PF_DISPATCH(shuffle, ShuffleParams)
+PF_DISPATCH(stem, StemParams)
 #undef PF_DISPATCH
 
 }  // namespace petite_fast

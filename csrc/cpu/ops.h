@@ -6,6 +6,7 @@
 #include "common/effective_weight.h"
 #include "common/norm_act.h"
 #include "common/shuffle.h"
+#include "common/stem.h"
 
 namespace petite_fast {
 
@@ -22,6 +23,7 @@ namespace petite_fast {
   void pack_signs(const SignRows& p, int threads);                    \
   void unpack_signs(const SignRows& p, int threads);                  \
   void shuffle(const ShuffleParams& p, int threads);                  \
+  void stem(const StemParams& p, int threads);                        \
   }
 
 PF_DECLARE_CPU_OPS(baseline)
@@ -38,6 +40,7 @@ void norm_act_backward(const NormActBackward& p, int threads);
 void pack_signs(const SignRows& p, int threads);
 void unpack_signs(const SignRows& p, int threads);
 void shuffle(const ShuffleParams& p, int threads);
+void stem(const StemParams& p, int threads);
 
 // Runs the phases of the CUDA kernel on the host, block by block with `threads` virtual threads.
 void emulate_effective_weight(const EffectiveWeightParams& p, int threads);

@@ -14,6 +14,7 @@ from petite_fast.backends import (
     native_dropout,
     native_norm_act,
     native_shuffle,
+    native_stem,
     triton,
 )
 
@@ -26,12 +27,14 @@ logger = logging.getLogger("petite_fast")
 _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
     "conv": [
         ("native", native_shuffle.can_run_conv, native_shuffle.conv),
+        ("native", native_stem.can_run_conv, native_stem.conv),
     ],
     "conv_grad_input": [
         ("native", native_shuffle.can_run_conv_grad_input, native_shuffle.conv_grad_input),
     ],
     "conv_grad_weight": [
         ("native", native_shuffle.can_run_conv_grad_weight, native_shuffle.conv_grad_weight),
+        ("native", native_stem.can_run_conv_grad_weight, native_stem.conv_grad_weight),
     ],
     "effective_weight": [
         ("native", native.can_run_effective_weight, native.effective_weight),
