@@ -49,4 +49,10 @@ void bind_depthwise(py::module_& m);
 // bindings_norm_act.cpp
 void bind_norm_act(py::module_& m);
 
+// bindings_shuffle.cpp
+void bind_shuffle(py::module_& m);
+
+// bindings_stem.cpp
+void bind_stem(py::module_& m);
+
 }  // namespace petite_fast

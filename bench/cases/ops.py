@@ -34,7 +34,7 @@ class ConvCase(NamedTuple):
         return f"{text} @{self.size}^3 b{self.batch} r{self.r}"
 
     def layer(self) -> nn.Module:
-        padding = 0 if self.transposed else self.kernel // 2
+        padding = 0 if self.kernel == self.stride or self.transposed else self.kernel // 2
         cls = nn.ConvTranspose3d if self.transposed else nn.Conv3d
         return cls(self.inputs, self.outputs, self.kernel, self.stride, padding, groups=self.groups)
 
@@ -59,6 +59,9 @@ CASES = [
     ConvCase(32, 64, 32, 8, stride=2),
     ConvCase(64, 64, 16, 8, groups=64),
     ConvCase(64, 32, 16, 8, kernel=2, stride=2, transposed=True),
+    ConvCase(64, 32, 24, 8, kernel=2, stride=2, transposed=True),
+    ConvCase(1, 96, 64, 8, kernel=16, stride=16),
+    ConvCase(1, 32, 48, 4),
 ]
 
 

@@ -7,6 +7,8 @@
 #include "common/effective_weight.h"
 #include "common/low_rank.h"
 #include "common/norm_act.h"
+#include "common/shuffle.h"
+#include "common/stem.h"
 
 namespace petite_fast {
 
@@ -22,7 +24,10 @@ namespace petite_fast {
   X(norm_act, NormActForward)                         \
   X(norm_act_backward, NormActBackward)               \
   X(pack_signs, SignRows)                             \
-  X(unpack_signs, SignRows)
+  X(unpack_signs, SignRows)                           \
+  X(shuffle, ShuffleParams)                           \
+  X(shift_add, ShiftAddParams)                        \
+  X(stem, StemParams)
 
 #define PF_DECLARE(name, Params) void name(const Params& p, int threads);
 #define PF_DECLARE_CPU_OPS(isa)                                       \

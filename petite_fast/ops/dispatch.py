@@ -19,6 +19,8 @@ from petite_fast.backends import (
     native_dropout,
     native_low_rank,
     native_norm_act,
+    native_shuffle,
+    native_stem,
     triton,
 )
 
@@ -31,12 +33,17 @@ logger = logging.getLogger("petite_fast")
 _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
     "conv": [
         ("native", native_depthwise.can_run_conv, native_depthwise.conv),
+        ("native", native_shuffle.can_run_conv, native_shuffle.conv),
+        ("native", native_stem.can_run_conv, native_stem.conv),
     ],
     "conv_grad_input": [
         ("native", native_depthwise.can_run_conv_grad_input, native_depthwise.conv_grad_input),
+        ("native", native_shuffle.can_run_conv_grad_input, native_shuffle.conv_grad_input),
     ],
     "conv_grad_weight": [
         ("native", native_depthwise.can_run_conv_grad_weight, native_depthwise.conv_grad_weight),
+        ("native", native_shuffle.can_run_conv_grad_weight, native_shuffle.conv_grad_weight),
+        ("native", native_stem.can_run_conv_grad_weight, native_stem.conv_grad_weight),
     ],
     "effective_weight": [
         ("native", native.can_run_effective_weight, native.effective_weight),
@@ -72,6 +79,8 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
         ("native", native_norm_act.can_run_unpack_signs, native_norm_act.unpack_signs),
     ],
 }
+# Ops whose kernels are for some geometries; ATen's are what a forced backend has for the others.
+_PARTIAL = {"conv", "conv_grad_input", "conv_grad_weight", "low_rank_input", "low_rank_gradient"}
 
 
 class Decision(NamedTuple):
@@ -114,7 +123,8 @@ def choose(op: str, *args: Any) -> Callable[..., Any]:
     """The function that runs `op` on `args`.
 
     With PETITE_FAST_BACKEND set, that backend or an error: an op that the named backend does not
-    have at all runs on eager, an op that it has but cannot run on `args` raises.
+    have at all, or has for some geometries only (`_PARTIAL`), runs on eager; another op that it has
+    but cannot run on `args` raises.
 
     Raises:
         RuntimeError: the forced backend cannot run this call; the text is its reason.
@@ -129,7 +139,7 @@ def choose(op: str, *args: Any) -> Callable[..., Any]:
         if possible:
             chosen, chosen_function = name, function
             break
-        if forced:
+        if forced and op not in _PARTIAL:
             raise RuntimeError(f"{op}: backend {name!r} was forced and cannot run: {reason}")
         refusals.append(f"{name}: {reason}")
         logger.debug("%s: not on %s: %s", op, name, reason)

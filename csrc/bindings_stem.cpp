@@ -1,0 +1,92 @@
+// Python's way to the convolution of few channels and its weight gradient.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+
+#include "bindings.h"
+#include "common/stem.h"
+#include "cpu/ops.h"
+
+namespace petite_fast {
+namespace {
+
+using Triple = std::array<int64_t, 3>;
+// batch, C and O; spatial input; kernel, stride, padding, dilation
+using StemArguments = std::tuple<Triple, Triple, Triple, Triple, Triple, Triple>;
+
+float* floats(const char* name, const Operand& operand, int64_t elements) {
+  check_operand(name, operand, elements);
+  require(present(operand), std::string(name) + ": must not be null");
+  require(dtype_of(operand) == DType::kFloat32, std::string(name) + ": must be float32");
+  return static_cast<float*>(data_of(operand));
+}
+
+StemParams params_of(const StemArguments& given) {
+  const auto& [sizes, input, kernel, stride, padding, dilation] = given;
+  StemParams p{};
+  p.batch = sizes[0];
+  p.geometry.in_channels = sizes[1];
+  p.geometry.out_channels = sizes[2];
+  p.geometry.groups = 1;
+  for (int i = 0; i < 3; ++i) {
+    require(sizes[i] > 0 && input[i] > 0, "sizes must be positive" + got(sizes[i]));
+    require(kernel[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0,
+            "kernel, stride and dilation must be positive, padding not negative");
+    p.input[i] = input[i];
+    p.geometry.kernel[i] = kernel[i];
+    p.geometry.stride[i] = stride[i];
+    p.geometry.padding[i] = padding[i];
+    p.geometry.dilation[i] = dilation[i];
+    const int64_t reach = dilation[i] * (kernel[i] - 1);
+    require(input[i] + 2 * padding[i] > reach, "the kernel must fit the input" + got(input[i]));
+    p.output[i] = output_size(p.geometry, i, input[i]);
+  }
+  const int64_t taps = stem_taps(p.geometry);
+  require(taps <= kStemMaxTaps, "too many taps" + got(taps));
+  return p;
+}
+
+int64_t voxels(const int64_t* size) { return size[0] * size[1] * size[2]; }
+
+}  // namespace
+
+void bind_stem(py::module_& m) {
+  m.attr("STEM_MAX_TAPS") = kStemMaxTaps;
+  m.def(
+      "stem_workspace",
+      [](const StemArguments& given, bool gradient, int threads) {
+        StemParams p = params_of(given);
+        const float one = 0;
+        p.grad_y = gradient ? &one : nullptr;
+        require(threads > 0, "threads must be positive" + got(threads));
+        return stem_workspace(p, threads);
+      },
+      "How many floats a call works on.");
+  m.def(
+      "stem",
+      [](const StemArguments& given, const Operand& x, const Operand& weight, const Operand& bias,
+         const Operand& grad_y, const Operand& out, const Operand& workspace, int threads) {
+        StemParams p = params_of(given);
+        const int64_t outputs = p.geometry.out_channels;
+        const int64_t weights = outputs * stem_taps(p.geometry);
+        const int64_t elements = p.batch * outputs * voxels(p.output);
+        require(threads > 0, "threads must be positive" + got(threads));
+        require(present(weight) != present(grad_y), "either weight or grad_y must be given");
+        p.x = floats("x", x, p.batch * p.geometry.in_channels * voxels(p.input));
+        if (present(grad_y)) {
+          p.grad_y = floats("grad_y", grad_y, elements);
+        } else {
+          p.weight = floats("weight", weight, weights);
+          if (present(bias)) p.bias = floats("bias", bias, outputs);
+        }
+        p.out = floats("out", out, present(grad_y) ? weights : elements);
+        p.workspace = floats("workspace", workspace, stem_workspace(p, threads));
+        py::gil_scoped_release release;
+        stem(p, threads);
+      },
+      "A convolution of few channels, or its weight gradient. See common/stem.h.");
+}
+
+}  // namespace petite_fast

@@ -1,0 +1,168 @@
+"""Convolutions of few channels to many on the native CPU kernel of csrc/cpu/stem.cpp.
+
+Measured on one thread of an EPYC (Zen 4), k3, against oneDNN, milliseconds:
+
+    1 -> 16 at 64^3    forward 2.7 (4.4)   grad_weight 3.6 (7.1)
+    2 -> 32 at 48^3    forward 4.0 (5.5)   grad_weight 4.7 (7.8)
+    4 -> 32 at 48^3    forward 7.7 (9.2)   grad_weight 8.7 (20.4)
+    1 -> 32 at 24^3    forward 0.38 (0.37) grad_weight 0.38 (0.45)
+    1 -> 64 at 48^3/2  forward 0.82 (0.80) grad_weight 0.87 (1.06)
+
+oneDNN wins by up to a quarter where rows end in the middle of a vector, for the forward of strided
+convolutions, and for larger kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from petite_fast.backends import native
+from petite_fast.backends.eager import conv_layout
+
+MOST_INPUTS = 4
+FEWEST_OUTPUTS = 8
+LANES = 16  # a row of outputs is padded to a multiple of that
+
+
+def can_run_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> tuple[bool, str]:
+    """Whether `conv` takes these arguments, and why not."""
+    if transposed:
+        return False, "the convolution is transposed"
+    if bias is not None and bias.dtype != torch.float32:
+        return False, f"no kernel for bias of {bias.dtype}"
+    if max(stride) > 1:
+        return False, "oneDNN is as fast on strided convolutions"
+    return _can_run(x, weight, weight.shape, stride, padding, dilation, groups, 0.9)
+
+
+def can_run_conv_grad_weight(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[bool, str]:
+    """Whether `conv_grad_weight` takes these arguments, and why not."""
+    if max(stride) > 1 and weight_size[0] < 2 * LANES:
+        return False, "oneDNN is as fast on strided convolutions to few channels"
+    return _can_run(x, grad_y, weight_size, stride, padding, dilation, groups, 0.75)
+
+
+def _can_run(
+    x: torch.Tensor,
+    other: torch.Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    least_filled: float,
+) -> tuple[bool, str]:
+    for tensor in (x, other):
+        if tensor.device.type != "cpu":
+            return False, f"no kernel for device {tensor.device.type!r}"
+        if tensor.dtype != torch.float32:
+            return False, f"no kernel for {tensor.dtype}"
+        if tensor.numel() == 0:
+            return False, "a tensor is empty"
+    outputs, inputs, *kernel = weight_size
+    if groups > 1 or inputs > MOST_INPUTS or outputs < FEWEST_OUTPUTS:
+        return False, f"only for at most {MOST_INPUTS} to at least {FEWEST_OUTPUTS} channels"
+    if any(
+        n + 2 * p <= d * (k - 1)
+        for n, p, d, k in zip(x.shape[2:], padding, dilation, kernel, strict=True)
+    ):
+        return False, "the kernel does not fit the volume"
+    if conv_layout(x, other) == torch.channels_last_3d:
+        return False, "no kernel for channels-last volumes"
+    if not 1 < math.prod(kernel) <= 27:
+        return False, "oneDNN is as fast for this kernel"
+    width = output_size(x, kernel, stride, padding, dilation)[2]
+    if width < least_filled * math.ceil(width / LANES) * LANES:
+        return False, "rows of outputs do not fill the vectors"
+    return native.available()
+
+
+def output_size(
+    x: torch.Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:
+    """Spatial size of y."""
+    return tuple(
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+    )
+
+
+def conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """y = conv(x, weight, bias); only for what `can_run_conv` accepts."""
+    size = output_size(x, weight.shape[2:], stride, padding, dilation)
+    y = x.new_empty(len(x), len(weight), *size)
+    bias = None if bias is None else bias.contiguous()
+    _call(x, weight.contiguous(), bias, None, weight.shape, stride, padding, dilation, y)
+    return y
+
+
+def conv_grad_weight(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """grad_weight of `conv`; only for what `can_run_conv_grad_weight` accepts."""
+    grad = x.new_empty(tuple(weight_size))
+    _call(x, None, None, grad_y.contiguous(), weight_size, stride, padding, dilation, grad)
+    return grad
+
+
+def _call(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    grad_y: torch.Tensor | None,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    out: torch.Tensor,
+) -> None:
+    module, _ = native._load()
+    x, threads = x.contiguous(), torch.get_num_threads()
+    outputs, inputs, *kernel = weight_size
+    geometry = (
+        (len(x), inputs, outputs), tuple(x.shape[2:]), tuple(kernel), tuple(stride),
+        tuple(padding), tuple(dilation),
+    )  # fmt: skip
+    workspace = x.new_empty(module.stem_workspace(geometry, grad_y is not None, threads))
+    module.stem(geometry, *map(native._operand, (x, weight, bias, grad_y, out, workspace)), threads)
