@@ -102,6 +102,7 @@ PF_DISPATCH(pack_signs, SignRows)
 PF_DISPATCH(unpack_signs, SignRows)
 PF_DISPATCH(shuffle, ShuffleParams)
 PF_DISPATCH(stem, StemParams)
+PF_DISPATCH(shift_add, ShiftAddParams)
 #undef PF_DISPATCH
 
 }  // namespace petite_fast

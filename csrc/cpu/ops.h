@@ -5,6 +5,7 @@
 #include "common/dropout.h"
 #include "common/effective_weight.h"
 #include "common/norm_act.h"
+#include "common/shift_add.h"
 #include "common/shuffle.h"
 #include "common/stem.h"
 
@@ -24,6 +25,7 @@ namespace petite_fast {
   void unpack_signs(const SignRows& p, int threads);                  \
   void shuffle(const ShuffleParams& p, int threads);                  \
   void stem(const StemParams& p, int threads);                        \
+  void shift_add(const ShiftAddParams& p, int threads);               \
   }
 
 PF_DECLARE_CPU_OPS(baseline)
@@ -41,6 +43,7 @@ void pack_signs(const SignRows& p, int threads);
 void unpack_signs(const SignRows& p, int threads);
 void shuffle(const ShuffleParams& p, int threads);
 void stem(const StemParams& p, int threads);
+void shift_add(const ShiftAddParams& p, int threads);
 
 // Runs the phases of the CUDA kernel on the host, block by block with `threads` virtual threads.
 void emulate_effective_weight(const EffectiveWeightParams& p, int threads);
