@@ -1,11 +1,13 @@
-// Python's way to the convolution of few channels and its weight gradient.
+// Python's way to the convolution of few channels and its gradients.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 
 #include "bindings.h"
+#include "common/shift_add.h"
 #include "common/stem.h"
 #include "cpu/ops.h"
 
@@ -87,6 +89,26 @@ void bind_stem(py::module_& m) {
         stem(p, threads);
       },
       "A convolution of few channels, or its weight gradient. See common/stem.h.");
+  m.def(
+      "shift_add",
+      [](const StemArguments& given, int64_t first, int64_t rows, const Operand& matrix,
+         const Operand& grad_x, int threads) {
+        const StemParams shape = params_of(given);
+        ShiftAddParams p{};
+        p.geometry = shape.geometry;
+        std::copy(shape.input, shape.input + 3, p.input);
+        std::copy(shape.output, shape.output + 3, p.output);
+        require(threads > 0, "threads must be positive" + got(threads));
+        require(first >= 0 && rows > 0 && rows <= p.output[0] * p.output[1] - first,
+                "rows must be some of the output's" + got(rows));
+        p.first = first;
+        p.rows = rows;
+        p.matrix = floats("matrix", matrix, stem_taps(p.geometry) * rows * p.output[2]);
+        p.grad_x = floats("grad_x", grad_x, p.geometry.in_channels * voxels(p.input));
+        py::gil_scoped_release release;
+        shift_add(p, threads);
+      },
+      "Add a product's rows to grad_x, each at its tap's place. See common/shift_add.h.");
 }
 
 }  // namespace petite_fast

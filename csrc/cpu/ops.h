@@ -7,6 +7,7 @@
 #include "common/effective_weight.h"
 #include "common/low_rank.h"
 #include "common/norm_act.h"
+#include "common/shift_add.h"
 #include "common/shuffle.h"
 #include "common/stem.h"
 

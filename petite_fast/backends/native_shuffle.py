@@ -226,7 +226,7 @@ def conv(
     product = blocks.weight(weight)
     column = None if bias is None else bias.unsqueeze(1)
     for piece in blocks.pieces():
-        out, matrix = _columns(y[piece.sample])[:, piece.voxels], blocks.read(piece)
+        out, matrix = columns(y[piece.sample])[:, piece.voxels], blocks.read(piece)
         if column is None:
             torch.mm(product, matrix, out=out)
         else:
@@ -272,7 +272,7 @@ def conv_grad_weight(
     grad_y = grad_y.contiguous(memory_format=conv_layout(grad_y, grad_y))
     grad = x.new_zeros(weight_size[0], blocks.taps)
     for piece in blocks.pieces():
-        rows = _columns(grad_y[piece.sample])[:, piece.voxels]
+        rows = columns(grad_y[piece.sample])[:, piece.voxels]
         grad.addmm_(rows, blocks.read(piece).t())
     return blocks.kernel(grad)
 
@@ -283,13 +283,13 @@ def _to_blocks(
     """The transposed convolution of `coarse`, into the volume of `blocks`."""
     product, tile = blocks.weight(weight).t(), blocks.tile(bias)
     for piece in blocks.pieces():
-        rows = _columns(coarse[piece.sample])[:, piece.voxels]
+        rows = columns(coarse[piece.sample])[:, piece.voxels]
         matrix = blocks.matrix(piece)
         torch.mm(product, rows, out=matrix)
         blocks.write(piece, matrix, tile)
 
 
-def _columns(sample: torch.Tensor) -> torch.Tensor:
+def columns(sample: torch.Tensor) -> torch.Tensor:
     """[R, D, H, W], contiguous or channels-last, as [R, voxels] without a copy."""
     if sample.is_contiguous():
         return sample.flatten(1)

@@ -7,6 +7,7 @@ Measured on one thread of an EPYC (Zen 4), k3, against oneDNN, milliseconds:
     4 -> 32 at 48^3    forward 7.7 (9.2)   grad_weight 8.7 (20.4)
     1 -> 32 at 24^3    forward 0.38 (0.37) grad_weight 0.38 (0.45)
     1 -> 64 at 48^3/2  forward 0.82 (0.80) grad_weight 0.87 (1.06)
+    1 -> 32 at 48^3    grad_x 5.1 (38)     at 24^3 0.93 (3.8), at 8^3 0.08 (0.18)
 
 oneDNN wins by up to a quarter where rows end in the middle of a vector, for the forward of strided
 convolutions, and for larger kernels.
@@ -21,9 +22,11 @@ import torch
 
 from petite_fast.backends import native
 from petite_fast.backends.eager import conv_layout
+from petite_fast.backends.native_shuffle import columns
 
 MOST_INPUTS = 4
 FEWEST_OUTPUTS = 8
+PIECE_ELEMENTS = 1 << 17  # of the product per thread: half of a 1 MB L2
 LANES = 16  # a row of outputs is padded to a multiple of that
 
 
@@ -45,7 +48,30 @@ def can_run_conv(
         return False, f"no kernel for bias of {bias.dtype}"
     if max(stride) > 1:
         return False, "oneDNN is as fast on strided convolutions"
-    return _can_run(x, weight, weight.shape, stride, padding, dilation, groups, 0.9)
+    possible, reason = _can_run(x, weight, weight.shape, groups)
+    if not possible:
+        return possible, reason
+    return _can_fill(x, weight, weight.shape[2:], stride, padding, dilation, 0.9)
+
+
+def can_run_conv_grad_input(
+    grad_y: torch.Tensor,
+    weight: torch.Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> tuple[bool, str]:
+    """Whether `conv_grad_input` takes these arguments, and why not."""
+    if transposed:
+        return False, "the convolution is transposed"
+    possible, reason = _can_run(grad_y, weight, weight.shape, groups)
+    if possible and math.prod(weight.shape[1:]) > native._load()[0].STEM_MAX_TAPS:
+        return False, "the kernel is too large"
+    return possible, reason
 
 
 def can_run_conv_grad_weight(
@@ -60,20 +86,16 @@ def can_run_conv_grad_weight(
     """Whether `conv_grad_weight` takes these arguments, and why not."""
     if max(stride) > 1 and weight_size[0] < 2 * LANES:
         return False, "oneDNN is as fast on strided convolutions to few channels"
-    return _can_run(x, grad_y, weight_size, stride, padding, dilation, groups, 0.75)
+    possible, reason = _can_run(x, grad_y, weight_size, groups)
+    if not possible:
+        return possible, reason
+    return _can_fill(x, grad_y, weight_size[2:], stride, padding, dilation, 0.75)
 
 
 def _can_run(
-    x: torch.Tensor,
-    other: torch.Tensor,
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    least_filled: float,
+    first: torch.Tensor, second: torch.Tensor, weight_size: Sequence[int], groups: int
 ) -> tuple[bool, str]:
-    for tensor in (x, other):
+    for tensor in (first, second):
         if tensor.device.type != "cpu":
             return False, f"no kernel for device {tensor.device.type!r}"
         if tensor.dtype != torch.float32:
@@ -83,32 +105,44 @@ def _can_run(
     outputs, inputs, *kernel = weight_size
     if groups > 1 or inputs > MOST_INPUTS or outputs < FEWEST_OUTPUTS:
         return False, f"only for at most {MOST_INPUTS} to at least {FEWEST_OUTPUTS} channels"
-    if any(
-        n + 2 * p <= d * (k - 1)
-        for n, p, d, k in zip(x.shape[2:], padding, dilation, kernel, strict=True)
-    ):
-        return False, "the kernel does not fit the volume"
-    if conv_layout(x, other) == torch.channels_last_3d:
-        return False, "no kernel for channels-last volumes"
-    if not 1 < math.prod(kernel) <= 27:
-        return False, "oneDNN is as fast for this kernel"
-    width = output_size(x, kernel, stride, padding, dilation)[2]
-    if width < least_filled * math.ceil(width / LANES) * LANES:
-        return False, "rows of outputs do not fill the vectors"
+    if math.prod(kernel) == 1:
+        return False, "pointwise: a product"
     return native.available()
 
 
-def output_size(
+def _can_fill(
     x: torch.Tensor,
+    other: torch.Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    least: float,
+) -> tuple[bool, str]:
+    """Whether x fits the kernel of csrc/cpu/stem.cpp, of whose lanes `least` are used."""
+    if conv_layout(x, other) == torch.channels_last_3d:
+        return False, "no kernel for channels-last volumes"
+    if math.prod(kernel) > 27:
+        return False, "oneDNN is as fast for this kernel"
+    size = output_size(x.shape[2:], kernel, stride, padding, dilation)
+    if min(size) < 1:
+        return False, "the kernel does not fit the volume"
+    if size[2] < least * math.ceil(size[2] / LANES) * LANES:
+        return False, "rows of outputs do not fill the vectors"
+    return True, ""
+
+
+def output_size(
+    size: Sequence[int],
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[int, ...]:
-    """Spatial size of y."""
+    """Spatial size of y for x of spatial `size`."""
     return tuple(
         (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
     )
 
 
@@ -124,11 +158,43 @@ def conv(
     groups: int,
 ) -> torch.Tensor:
     """y = conv(x, weight, bias); only for what `can_run_conv` accepts."""
-    size = output_size(x, weight.shape[2:], stride, padding, dilation)
+    size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     y = x.new_empty(len(x), len(weight), *size)
     bias = None if bias is None else bias.contiguous()
     _call(x, weight.contiguous(), bias, None, weight.shape, stride, padding, dilation, y)
     return y
+
+
+def conv_grad_input(
+    grad_y: torch.Tensor,
+    weight: torch.Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """grad_x of `conv`: W' grad_y, some rows at a time, and each tap's part added in its place."""
+    module, _ = native._load()
+    threads, layout = torch.get_num_threads(), conv_layout(grad_y, weight)
+    grad_y = grad_y.contiguous(memory_format=conv_layout(grad_y, grad_y))
+    grad_x = grad_y.new_zeros(tuple(input_size))
+    product = weight.flatten(1).t()
+    taps, (depth, height, width) = len(product), grad_y.shape[2:]
+    geometry = _geometry((1, *grad_x.shape[1:]), weight.shape, stride, padding, dilation)
+    piece = max(1, PIECE_ELEMENTS * threads // (taps * width))
+    memory = grad_y.new_empty(taps * min(piece, depth * height) * width)
+    for sample, target in zip(grad_y, grad_x, strict=True):
+        for first in range(0, depth * height, piece):
+            rows = min(piece, depth * height - first)
+            matrix = memory[: taps * rows * width].view(taps, -1)
+            voxels = columns(sample)[:, first * width : (first + rows) * width]
+            torch.mm(product, voxels, out=matrix)
+            operands = native._operand(matrix), native._operand(target)
+            module.shift_add(geometry, first, rows, *operands, threads)
+    return grad_x.contiguous(memory_format=layout)
 
 
 def conv_grad_weight(
@@ -159,10 +225,21 @@ def _call(
 ) -> None:
     module, _ = native._load()
     x, threads = x.contiguous(), torch.get_num_threads()
-    outputs, inputs, *kernel = weight_size
-    geometry = (
-        (len(x), inputs, outputs), tuple(x.shape[2:]), tuple(kernel), tuple(stride),
-        tuple(padding), tuple(dilation),
-    )  # fmt: skip
+    geometry = _geometry(x.shape, weight_size, stride, padding, dilation)
     workspace = x.new_empty(module.stem_workspace(geometry, grad_y is not None, threads))
     module.stem(geometry, *map(native._operand, (x, weight, bias, grad_y, out, workspace)), threads)
+
+
+def _geometry(
+    size: Sequence[int],
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[tuple[int, ...], ...]:
+    """As bindings_stem.cpp takes it."""
+    outputs, inputs, *kernel = weight_size
+    return (
+        (size[0], inputs, outputs), tuple(size[2:]), tuple(kernel), tuple(stride),
+        tuple(padding), tuple(dilation),
+    )  # fmt: skip

@@ -39,6 +39,7 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
     "conv_grad_input": [
         ("native", native_depthwise.can_run_conv_grad_input, native_depthwise.conv_grad_input),
         ("native", native_shuffle.can_run_conv_grad_input, native_shuffle.conv_grad_input),
+        ("native", native_stem.can_run_conv_grad_input, native_stem.conv_grad_input),
     ],
     "conv_grad_weight": [
         ("native", native_depthwise.can_run_conv_grad_weight, native_depthwise.conv_grad_weight),

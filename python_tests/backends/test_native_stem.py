@@ -60,7 +60,9 @@ def tensors(case: Stem) -> dict[str, torch.Tensor]:
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
     x = normal(case.batch, case.inputs, *case.size)
-    size = native_stem.output_size(x, case.kernel, case.stride, case.padding, case.dilation)
+    size = native_stem.output_size(
+        x.shape[2:], case.kernel, case.stride, case.padding, case.dilation
+    )
     return {
         "x": x,
         "weight": normal(case.outputs, case.inputs, *case.kernel) / math.prod(case.kernel) ** 0.5,
@@ -75,6 +77,7 @@ def results(backend: Any, case: Stem, t: dict[str, torch.Tensor]) -> dict[str, t
     return {
         "y": backend.conv(t["x"], t["weight"], t["bias"], *rest),
         "y without bias": backend.conv(t["x"], t["weight"], None, *rest),
+        "grad_x": backend.conv_grad_input(t["grad_y"], t["weight"], t["x"].shape, *rest),
         "grad_weight": backend.conv_grad_weight(
             t["grad_y"], t["x"], t["weight"].shape, *geometry, 1
         ),
@@ -88,6 +91,21 @@ def check(case: Stem, given: dict[str, torch.Tensor]) -> None:
     for name, ours in results(native_stem, case, given).items():
         assert_twice_torch(ours, torch_float[name], exact[name], name=name)
         assert ours.is_contiguous(), name
+
+
+def test_grad_x_of_channels_last_volumes() -> None:
+    for name in ("odd", "several slabs", "strided"):
+        case, given = CASES[name], tensors(CASES[name])
+        last = torch.channels_last_3d
+        given["grad_y"] = given["grad_y"].contiguous(memory_format=last)
+        rest = (case.stride, case.padding, case.dilation, False, (0, 0, 0), 1)
+        size = given["x"].shape
+        exact = eager.conv_grad_input(given["grad_y"], given["weight"], size, *rest)
+        arguments = (given["grad_y"].float(), given["weight"].float(), size, *rest)
+        torch_float = eager.conv_grad_input(*arguments)
+        ours = native_stem.conv_grad_input(*arguments)
+        assert_twice_torch(ours, torch_float, exact)
+        assert ours.is_contiguous(memory_format=last)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -144,7 +162,13 @@ def test_infinities_and_nan_reach_what_they_touch(name: str, value: float) -> No
         seen["x"][place] = 1
         seen["bias"].zero_()
         wanted = results(eager, case, seen)
-        for key, ours in results(native_stem, case, given).items():
+        found = results(native_stem, case, given)
+        given["grad_y"][place] = value
+        seen["grad_y"].zero_()
+        found["grad_x"] = results(native_stem, case, given)["grad_x"]
+        seen["grad_y"][place] = 1
+        wanted["grad_x"] = results(eager, case, seen)["grad_x"]
+        for key, ours in found.items():
             assert torch.equal(~ours.isfinite(), wanted[key] > 0.5), key
 
 
@@ -174,6 +198,11 @@ def test_what_is_refused() -> None:
     grad_y = torch.randn(1, 8, 5, 5, 32)
     assert reason("conv_grad_weight", grad_y, x, w.shape, one, one, one, 1) == ""
     assert "strided" in reason("conv_grad_weight", grad_y, x, w.shape, two, one, one, 1)
+    assert reason("conv_grad_input", grad_y, w, x.shape, *rest) == ""
+    assert reason("conv_grad_input", grad_y[..., :17], w, x[..., :17].shape, *rest) == ""
+    large = torch.randn(8, 2, 7, 7, 7)
+    assert "large" in reason("conv_grad_input", grad_y, large, x.shape, *rest)
+    assert "pointwise" in reason("conv_grad_input", grad_y, w[..., :1, :1, :1], x.shape, *rest)
 
 
 def test_dispatch_chooses_it() -> None:
@@ -184,6 +213,9 @@ def test_dispatch_chooses_it() -> None:
     grad_y = torch.randn(1, 8, 5, 5, 32)
     chosen = dispatch.choose("conv_grad_weight", grad_y, x, w.shape, one, one, one, 1)
     assert chosen is native_stem.conv_grad_weight
+    size = (1, 1, 5, 5, 32)
+    chosen = dispatch.choose("conv_grad_input", grad_y, w, size, one, one, one, False, one, 1)
+    assert chosen is native_stem.conv_grad_input
 
 
 @pytest.mark.parametrize(
@@ -218,3 +250,27 @@ def test_a_wrong_call_is_an_error(wrong: dict[str, Any], message: str) -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         module.stem(*(call | wrong).values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"first": 2, "rows": 3}, "rows must be"),
+        ({"rows": 0}, "rows must be"),
+        ({"matrix": native._operand(torch.empty(3))}, "matrix: must have 162 elements"),
+        ({"grad_x": native._operand(torch.empty(3))}, "grad_x: must have 60 elements"),
+        ({"grad_x": (0, 0, 0)}, "grad_x: must not be null"),
+        ({"threads": 0}, "threads must be positive"),
+    ],
+)
+def test_a_wrong_shift_is_an_error(wrong: dict[str, Any], message: str) -> None:
+    module, _ = native._load()
+    one, matrix, grad_x = (1, 1, 1), torch.zeros(162), torch.zeros(60)
+    call = {
+        "geometry": ((1, 1, 8), (3, 4, 5), (3, 3, 3), one, (0, 0, 0), one), "first": 0, "rows": 2,
+        "matrix": native._operand(matrix), "grad_x": native._operand(grad_x),
+        "threads": 1,
+    }  # fmt: skip
+    module.shift_add(*call.values())
+    with pytest.raises(ValueError, match=message):
+        module.shift_add(*(call | wrong).values())
