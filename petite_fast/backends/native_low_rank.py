@@ -30,8 +30,6 @@ def _can_run(
     if not fits(lora_A.shape[2:], stride, lora_A.shape[0]):
         size = tuple(lora_A.shape)
         return False, f"no kernel for a weight of {size} with stride {tuple(stride)}"
-    if x.numel() == 0 or lora_A.numel() == 0:
-        return False, "the tensor is empty"
     return native.available()
 
 
@@ -46,6 +44,8 @@ def low_rank_input(
     x: torch.Tensor, lora_A: torch.Tensor, stride: Sequence[int], padding: Sequence[int]
 ) -> torch.Tensor:
     """As `eager.low_rank_input`; only for what `can_run_low_rank_input` accepts."""
+    if x.numel() == 0 or lora_A.numel() == 0:
+        return eager.low_rank_input(x, lora_A, stride, padding)
     r, channels, *kernel = lora_A.shape
     size = _output_size(x.shape[2:], kernel, stride, padding)
     layout = eager.conv_layout(x, lora_A)
@@ -84,6 +84,9 @@ def low_rank_gradient(
     want_bias: bool,
 ) -> _Gradients:
     """As `eager.low_rank_gradient`; only for what `can_run_low_rank_gradient` accepts."""
+    arguments = (grad_y, x, t, lora_A, lora_B, stride, padding, want_A, want_B, want_bias)
+    if grad_y.numel() == 0 or lora_A.numel() == 0:
+        return eager.low_rank_gradient(*arguments)
     r, channels, *kernel = lora_A.shape
     makes_t = want_B and t is None
     grad_a = torch.empty(lora_A.shape if want_A else 0)
@@ -107,9 +110,7 @@ def low_rank_gradient(
         grad_bias=grad_bias if want_bias else None,
     )
     if not finite:  # An infinity in x or grad_y spreads further than it does in torch.
-        return eager.low_rank_gradient(
-            grad_y, x, t, lora_A, lora_B, stride, padding, want_A, want_B, want_bias
-        )
+        return eager.low_rank_gradient(*arguments)
     return grad_a, grad_b, grad_bias
 
 
