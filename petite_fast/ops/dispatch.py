@@ -62,16 +62,12 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
     ],
 }
 
-# Ops of which the backends have special cases alone: a forced backend leaves the rest to eager.
-_SPECIAL_CASES = ("conv", "conv_grad_input", "conv_grad_weight")
-
 
 def choose(op: str, *args: Any) -> Callable[..., Any]:
     """The function that runs `op` on `args`.
 
     With PETITE_FAST_BACKEND set, that backend or an error: an op that the named backend does not
-    have at all (or only special cases of, as of convolutions) runs on eager, an op that it has but
-    cannot run on `args` raises.
+    have at all runs on eager, an op that it has but cannot run on `args` raises.
 
     Raises:
         RuntimeError: the forced backend cannot run this call; the text is its reason.
@@ -83,7 +79,7 @@ def choose(op: str, *args: Any) -> Callable[..., Any]:
         possible, reason = can_run(*args)
         if possible:
             return function
-        if forced and op not in _SPECIAL_CASES:
+        if forced:
             raise RuntimeError(f"{op}: backend {name!r} was forced and cannot run: {reason}")
         logger.debug("%s: not on %s: %s", op, name, reason)
     return getattr(eager, op)
