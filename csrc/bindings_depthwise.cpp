@@ -5,6 +5,7 @@
 #include <array>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "bindings.h"
 #include "common/depthwise.h"
@@ -66,10 +67,18 @@ void grad_weight(const ShapeArguments& shape, const Operand& x, const Operand& g
                  const Operand& grad, int threads) {
   const DepthwiseShape s = shape_of(shape, x);
   require(threads > 0, "threads must be positive" + got(threads));
+  std::vector<float> sums;
   const DepthwiseGradWeightParams p{
-      s, pointer_of("x", x, s.dtype, elements_of(s, false)),
+      s,
+      pointer_of("x", x, s.dtype, elements_of(s, false)),
       pointer_of("grad_y", grad_y, s.dtype, elements_of(s, true)),
-      pointer_of("grad_weight", grad, s.dtype, s.channels * kDepthwiseTaps)};
+      pointer_of("grad_weight", grad, s.dtype, s.channels * kDepthwiseTaps),
+      [](void* owner, int64_t floats) {
+        auto& memory = *static_cast<std::vector<float>*>(owner);
+        memory.assign(floats, 0);
+        return memory.data();
+      },
+      &sums};
   py::gil_scoped_release release;
   depthwise_grad_weight(p, threads);
 }

@@ -49,6 +49,10 @@ struct DepthwiseGradWeightParams {
   const void* x;
   const void* grad_y;
   void* grad_weight;  // [C, 27]
+  // Zeroed memory for the sums of the threads, which `owner` frees: an object that frees it in the
+  // kernel would bring in a weak symbol, its exception handler's.
+  float* (*zeros)(void* owner, int64_t floats);
+  void* owner;
 };
 
 PF_HOST_DEVICE int64_t source_size(const DepthwiseAxis& a, bool adjoint) {

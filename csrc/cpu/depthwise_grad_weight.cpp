@@ -150,17 +150,17 @@ void run(const DepthwiseGradWeightParams& p, int threads) {
   const int64_t blocks = units.groups.blocks();
   const int64_t grads = rows_at_once(w.small) * w.small * kLanes;
   const Ring ring{nullptr, w.large, units.most_source_rows(h, false), 0, 0};
-  const Scratch totals(units.count * blocks * kSumFloats);
+  float* totals = p.zeros(p.owner, units.count * blocks * kSumFloats);
   parallel_for(units.count, 1, threads, [&](int64_t begin, int64_t end) {
     const Scratch scratch(blocks * (ring.floats() + grads));
     Ring own = ring;
     own.at = scratch.at();
     for (int64_t u = begin; u < end; ++u) {
       run_unit<T>(p, units[u], own, own.at + blocks * ring.floats(), grads,
-                  totals.at() + u * blocks * kSumFloats);
+                  totals + u * blocks * kSumFloats);
     }
   });
-  add_units<T>(p, units, totals.at());
+  add_units<T>(p, units, totals);
 }
 
 }  // namespace
