@@ -179,6 +179,8 @@ def test_what_is_refused() -> None:
     plain = w.transpose(0, 1)
     assert "small" in reason("conv", x, plain, None, two, zero, one, False, zero, 1)
     assert "fit" in reason("conv", x[..., :1], plain, None, two, zero, one, False, zero, 1)
+    few = plain[:, :1]
+    assert reason("conv", x[:, :1], few, None, two, zero, one, False, zero, 1) == ""
     large = torch.empty(1, 4, 96, 96, 96)
     assert reason("conv", large, plain, None, two, zero, one, False, zero, 1) == ""
     large = large.contiguous(memory_format=torch.channels_last_3d)
