@@ -80,8 +80,6 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
         ("native", native_norm_act.can_run_unpack_signs, native_norm_act.unpack_signs),
     ],
 }
-# Ops whose kernels are for some geometries; ATen's are what a forced backend has for the others.
-_PARTIAL = {"conv", "conv_grad_input", "conv_grad_weight", "low_rank_input", "low_rank_gradient"}
 
 
 class Decision(NamedTuple):
@@ -114,21 +112,22 @@ def explaining() -> Iterator[Counter[Decision]]:
         _explaining = before
 
 
-@torch.compiler.assume_constant_result
 def runs_native() -> bool:
-    """Whether the native module is there and may be used."""
+    """Whether the native module is there and may be used. A graph being compiled does not ask."""
+    if torch.compiler.is_compiling():
+        return False
     return settings.backend() in (None, "native") and native.available()[0]
 
 
 def choose(op: str, *args: Any) -> Callable[..., Any]:
     """The function that runs `op` on `args`.
 
-    With PETITE_FAST_BACKEND set, that backend or an error: an op that the named backend does not
-    have at all, or has for some geometries only (`_PARTIAL`), runs on eager; another op that it has
-    but cannot run on `args` raises.
+    With PETITE_FAST_BACKEND set, that backend or an error. What native has no kernel for (an op, a
+    dtype, a geometry) runs on eager; where native is not built, and where triton cannot run an op
+    that it has, there is an error.
 
     Raises:
-        RuntimeError: the forced backend cannot run this call; the text is its reason.
+        RuntimeError: the forced backend cannot run; the text is its reason.
     """
     forced = settings.backend()
     refusals = []
@@ -140,7 +139,7 @@ def choose(op: str, *args: Any) -> Callable[..., Any]:
         if possible:
             chosen, chosen_function = name, function
             break
-        if forced and op not in _PARTIAL:
+        if forced == "triton" or (forced and not native.available()[0]):
             raise RuntimeError(f"{op}: backend {name!r} was forced and cannot run: {reason}")
         refusals.append(f"{name}: {reason}")
         logger.debug("%s: not on %s: %s", op, name, reason)
