@@ -168,6 +168,15 @@ def conv_grad_weight(
     if grad_y.is_contiguous() and _is_product(x, stand_in, stride, padding, groups):
         product = torch.bmm(grad_y.flatten(2), x.flatten(2).mT)
         return product.sum(0).view(stand_in.shape)
+    if groups == 1 and onednn_ready(x, stand_in) and _is_larger(weight_size[2:], x.shape[2:]):
+        # oneDNN reads past the end of x there (torch 2.13: segmentation faults for a kernel of 7
+        # on 5 x 7 x 6, plain PyTorch's too). The same sums as a convolution over the batch.
+        back = conv(
+            x.transpose(0, 1), grad_y.transpose(0, 1), None, dilation, padding, stride, False,
+            [0, 0, 0], 1,
+        )  # fmt: skip
+        d, h, w = weight_size[2:]
+        return back[:, :, :d, :h, :w].transpose(0, 1).contiguous()
     if torch_takes_vol2col(x, stand_in, groups):
         # Opaque oneDNN tensors pass PyTorch's size test whatever their size.
         grad_y, x = grad_y.to_mkldnn(), x.to_mkldnn()
@@ -220,6 +229,10 @@ def low_rank_gradient(
     if want_bias:
         grad_bias = grad_y.sum((0, 2, 3, 4), dtype=wide)
     return grad_a, grad_b, grad_bias
+
+
+def _is_larger(kernel: Sequence[int], size: Sequence[int]) -> bool:
+    return any(k > n for k, n in zip(kernel, size, strict=True))
 
 
 def _is_product(

@@ -89,7 +89,8 @@ class Ledger(TorchDispatchMode):
         out = self._run(func, args, kwargs)
         for tensor in _tensors(out):
             self._book(tensor.untyped_storage())
-        rest = before + transient_bytes(func, args, out) - self._level
+        transient = 0 if _is_ours(func, args) else transient_bytes(func, args, out)
+        rest = before + transient - self._level
         if rest > 0:
             self._events += [(_TRANSIENT, rest), (_TRANSIENT, -rest)]
         return out
@@ -150,11 +151,9 @@ class Ledger(TorchDispatchMode):
 
         A kernel of ours allocates its results alone; convolutions have a rule of their own.
         """
-        if func.namespace != "petite_fast" or func in RULES:
+        if func.namespace != "petite_fast" or func in RULES or _is_ours(func, args):
             return None
         function = dispatch.choose(func._opname, *args)
-        if not function.__module__.startswith("petite_fast.backends.eager"):
-            return None
 
         def run(*args: Any) -> Any:
             with self:
@@ -168,6 +167,14 @@ class Ledger(TorchDispatchMode):
         if kwargs.get("device") is not None:
             kwargs = kwargs | {"device": torch.device("cpu")}
         return func(*args, **kwargs)
+
+
+def _is_ours(func: Any, args: Any) -> bool:
+    """Whether a kernel of ours runs this op of ours: no ATen call, and no copies."""
+    if func.namespace != "petite_fast":
+        return False
+    function = dispatch.choose(func._opname, *args)
+    return not function.__module__.startswith("petite_fast.backends.eager")
 
 
 def _tensors(tree: Any) -> list[Tensor]:
