@@ -30,6 +30,12 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
     "effective_weight": [
         ("native", native.can_run_effective_weight, native.effective_weight),
     ],
+    "conv": [
+        ("triton", triton.can_run_conv, triton.conv_forward),
+    ],
+    "conv_grad_input": [
+        ("triton", triton.can_run_conv_grad_input, triton.conv_grad_input),
+    ],
     "quantise": [
         ("triton", triton.can_run_quantise, triton.quantise),
         ("native", native_compress.can_run_quantise, native_compress.quantise),

@@ -181,6 +181,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
+def is_plain(dtype: torch.dtype, precision: str) -> bool:
+    """Whether products are made without matrix instructions."""
+    return dtype == torch.float32 and precision == "ieee"
+
+
 def inner_block(length: int, dtype: torch.dtype) -> int:
     """The largest block, of 128 bytes or less, that pads `length` by a third or less, or 16."""
     for block in (64, 32):
@@ -199,60 +204,61 @@ def constants(
     adjoint: bool,
     dtype: torch.dtype,
     precision: str,
-) -> tuple[dict[str, Any], dict[str, int]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The compile-time arguments of `conv_kernel`, and how it is compiled."""
-    step, inverse = (1, 1, 1), (0, 0, 0)
+    step, inverse = [1, 1, 1], [0, 0, 0]
     if adjoint:
         shared = [math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
-        step = tuple(s // g for s, g in zip(stride, shared, strict=True))
-        inverse = tuple(
-            pow(d // g, -1, n) for d, g, n in zip(dilation, shared, step, strict=True)
-        )
-    plain = dtype == torch.float32 and precision == "ieee"  # no matrix instruction
+        step = [s // g for s, g in zip(stride, shared, strict=True)]
+        inverse = [pow(d // g, -1, n) for d, g, n in zip(dilation, shared, step, strict=True)]
+    plain = is_plain(dtype, precision)
     columns = min(32 if plain else 128, max(16, triton.next_power_of_2(outputs)))
-    blocks = {
+    blocks: dict[str, Any] = {
         "CHANNELS": channels,
         "KERNEL": tuple(kernel),
         "STRIDE": tuple(stride),
         "PADDING": tuple(padding),
         "DILATION": tuple(dilation),
-        "STEP": step,
-        "INVERSE": inverse,
+        "STEP": tuple(step),
+        "INVERSE": tuple(inverse),
         "ADJOINT": adjoint,
         "PRECISION": precision,
         "ROWS": ROWS,
         "INNER": 16 if plain else inner_block(math.ceil(kernel[2] / step[2]) * channels, dtype),
         "COLUMNS": columns,
     }
-    return blocks, {"num_warps": 8 if columns == 128 else 4, "num_stages": 3}
+    return blocks, {
+        "num_warps": 8 if columns == 128 else 4,
+        "num_stages": 3,
+        "enable_fp_fusion": True,
+    }
 
 
 def _run(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    y: torch.Tensor,
+    spatial: Sequence[int],
     geometry: tuple[Sequence[int], Sequence[int], Sequence[int]],
     adjoint: bool,
 ) -> torch.Tensor:
-    """Fill y; weight [kD, kH, kW, channels of x, channels of y], contiguous."""
-    outputs = y.shape[1]
+    """y of size `spatial`; weight [kD, kH, kW, channels of x, channels of y], contiguous."""
+    outputs = weight.shape[4]
+    y = torch.empty(
+        (len(x), outputs, *spatial), dtype=x.dtype, device=x.device,
+        memory_format=torch.channels_last_3d,
+    )  # fmt: skip
     blocks, options = constants(
         x.shape[1], outputs, weight.shape[:3], *geometry, adjoint, x.dtype, dot_precision(x.dtype)
     )
     parity = geometry[0] if adjoint else (1, 1, 1)
-    rows = [triton.cdiv(n, s) for n, s in zip(y.shape[2:], parity, strict=True)]
+    rows = [triton.cdiv(n, s) for n, s in zip(spatial, parity, strict=True)]
     count = len(y) * math.prod(rows)
     programs = triton.cdiv(count, ROWS) * math.prod(parity)
     conv_kernel[(programs * triton.cdiv(outputs, blocks["COLUMNS"]),)](
-        x, weight, bias, y, *x.shape[2:], outputs, *y.shape[2:], count, *rows, **blocks, **options
+        x, weight, bias, y, *x.shape[2:], outputs, *spatial, count, *rows, **blocks, **options
     )
     return y
-
-
-def _empty(x: torch.Tensor, channels: int, spatial: Sequence[int]) -> torch.Tensor:
-    size = (len(x), channels, *spatial)
-    return x.new_empty(size).contiguous(memory_format=torch.channels_last_3d)
 
 
 def conv(
@@ -270,9 +276,8 @@ def conv(
             x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
         )
     ]
-    y = _empty(x, len(weight), spatial)
     packed = weight.permute(2, 3, 4, 1, 0).contiguous()
-    return _run(x, packed, bias, y, (stride, padding, dilation), False)
+    return _run(x, packed, bias, spatial, (stride, padding, dilation), False)
 
 
 def conv_grad_input(
@@ -284,6 +289,5 @@ def conv_grad_input(
     dilation: Sequence[int],
 ) -> torch.Tensor:
     """grad_x of `conv`; grad_y and grad_x channels_last_3d."""
-    grad_x = _empty(grad_y, weight.shape[1], input_size[2:])
     packed = weight.permute(2, 3, 4, 0, 1).contiguous()
-    return _run(grad_y, packed, None, grad_x, (stride, padding, dilation), True)
+    return _run(grad_y, packed, None, input_size[2:], (stride, padding, dilation), True)
