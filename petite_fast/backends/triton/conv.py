@@ -116,10 +116,6 @@ def conv_kernel(
         in_d = rd + offset_d
         in_h = rh + offset_h
         in_w = rw + offset_w
-        # From tap to tap: input voxels.
-        move_d: tl.constexpr = -DILATION[0] * STEP[0] // STRIDE[0]
-        move_h: tl.constexpr = -DILATION[1] * STEP[1] // STRIDE[1]
-        move_w: tl.constexpr = -DILATION[2] * STEP[2] // STRIDE[2]
     else:
         out_d = rd
         out_h = rh
@@ -127,9 +123,10 @@ def conv_kernel(
         in_d = rd * STRIDE[0] + offset_d
         in_h = rh * STRIDE[1] + offset_h
         in_w = rw * STRIDE[2] + offset_w
-        move_d: tl.constexpr = DILATION[0]
-        move_h: tl.constexpr = DILATION[1]
-        move_w: tl.constexpr = DILATION[2]
+    # Input voxels from one tap to the next; what stride and dilation share divides both.
+    move_d: tl.constexpr = -(DILATION[0] * STEP[0] // STRIDE[0]) if ADJOINT else DILATION[0]
+    move_h: tl.constexpr = -(DILATION[1] * STEP[1] // STRIDE[1]) if ADJOINT else DILATION[1]
+    move_w: tl.constexpr = -(DILATION[2] * STEP[2] // STRIDE[2]) if ADJOINT else DILATION[2]
     inside = (row < rows) & (out_d < OD) & (out_h < OH) & (out_w < OW)
     voxel = ((n * D + in_d) * H + in_h) * W + in_w
 

@@ -27,10 +27,9 @@ from petite_fast.backends.triton.conv import dot_precision, inner_block, is_plai
 
 PROGRAMS = 1024  # about; a few for each multiprocessor. More would only write more partial sums.
 
-# Output channels and rank up to which the sums stay in registers (looked up in compiled kernels);
-# without matrix instructions a program has fewer.
-MOST = (256, 32)
-MOST_PLAIN = (128, 16)
+# Output channels, rank and their product, rounded up to powers of two, up to which the sums stay in
+# registers (looked up in compiled kernels); without matrix instructions the product is half that.
+MOST_OUTPUTS, MOST_RANK, MOST_SUMS = 256, 32, 4096
 
 
 @triton.jit
@@ -72,7 +71,7 @@ def low_rank_kernel(
     part_A [shares, taps * CHANNELS, PADDED]; part_B [shares, blocks, OUTPUTS, PADDED];
     part_bias [shares, OUTPUTS].
     """
-    inner_blocks: tl.constexpr = tl.cdiv(KERNEL[2] * CHANNELS, INNER)
+    inner_blocks: tl.constexpr = (KERNEL[2] * CHANNELS + INNER - 1) // INNER
     blocks: tl.constexpr = KERNEL[0] * KERNEL[1] * inner_blocks
     share = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -142,14 +141,19 @@ def low_rank_kernel(
             tl.store(part_bias + share * OUTPUTS + column, grad_bias, mask=real)
 
 
+def _padded(count: int) -> int:
+    """What a matrix instruction takes: a power of two, 16 or more."""
+    return max(16, int(triton.next_power_of_2(count)))
+
+
 def fits(outputs: int, rank: int, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether the sums of a program stay in registers, and why not."""
-    most_outputs, most_rank = MOST_PLAIN if is_plain(dtype, dot_precision(dtype)) else MOST
-    if outputs <= most_outputs and rank <= most_rank:
+    columns, padded = _padded(outputs), _padded(rank)
+    most = MOST_SUMS // 2 if is_plain(dtype, dot_precision(dtype)) else MOST_SUMS
+    if columns <= MOST_OUTPUTS and padded <= MOST_RANK and columns * padded <= most:
         return True, ""
     return False, (
-        f"{outputs} output channels with rank {rank}, the kernel takes {most_outputs} with"
-        f" {most_rank}"
+        f"{outputs} output channels with rank {rank}: the sums do not stay in the registers"
     )
 
 
@@ -165,7 +169,7 @@ def constants(
     precision: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The compile-time arguments of `low_rank_kernel`, and how it is compiled."""
-    columns = max(16, triton.next_power_of_2(outputs))
+    columns = _padded(outputs)
     plain = is_plain(dtype, precision)
     blocks: dict[str, Any] = {
         "CHANNELS": channels,
@@ -177,9 +181,9 @@ def constants(
         "ROWS": 32 if columns >= 256 or plain else 64,
         "INNER": 16 if plain else inner_block(kernel[2] * channels, dtype),
         "COLUMNS": columns,
-        "PADDED": max(16, triton.next_power_of_2(rank)),
+        "PADDED": _padded(rank),
     }
-    warps = max(4, columns // 32)
+    warps = 8 if columns >= 128 else 4
     return blocks, {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": True}
 
 
