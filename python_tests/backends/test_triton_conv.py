@@ -227,8 +227,9 @@ def check_compiled(kernel: Any, capability: int, precision: str, folder: Path) -
         (64, 64, ONE, False, "bf16", "ieee", {16}),
         (128, 128, ONE, True, "fp16", "ieee", {16}),
         (16, 16, TWO, True, "bf16", "ieee", {16, 8}),  # a weight of 32 x 16 is 8 per thread
-        (32, 32, TWO, False, "fp32", "tf32", {16, 4}),  # TF32 wants the weight transposed
+        (32, 32, TWO, False, "fp32", "tf32", {16, 4}),  # wgmma wants a TF32 weight transposed
         (32, 64, ONE, False, "fp32", "full", {16}),
+        (17, 130, ONE, False, "fp16", "ieee", set()),  # one by one, through the registers
     ],
 )
 def test_compiled_conv(
@@ -242,20 +243,21 @@ def test_compiled_conv(
         precision.replace("full", "ieee"),
     )  # fmt: skip
     numbers = "D H W OUTPUTS OD OH OW rows RD RH RW".split()
-    signature = {**dict.fromkeys(("x", "weight", "bias", "y"), f"*{dtype}")}
+    signature = dict.fromkeys(("x", "weight", "bias", "y"), f"*{dtype}")
     signature.update(dict.fromkeys(numbers, "i32"))
     if adjoint:
         constants["bias"] = None
         signature["bias"] = "constexpr"
-    kernel = compile_kernel(
-        conv.conv_kernel, signature, constants, {"OUTPUTS"}, options, capability
-    )
+    aligned = {"OUTPUTS"} if outputs % 16 == 0 else set()
+    kernel = compile_kernel(conv.conv_kernel, signature, constants, aligned, options, capability)
     check_compiled(kernel, capability, precision, tmp_path)
     ptx = kernel.asm["ptx"]
-    # Past the registers, and sixteen bytes of x at a time.
-    sizes = re.findall(r"cp\.async\.c[ag]\S* \[.*?\], \[.*?\], 0x(\w+)", ptx)
-    assert 16 in {int(size, 16) for size in sizes} <= bytes_loaded
-    assert set(re.findall(r"st\.global\S*", ptx)) == {"st.global.v4.b32"}
+    # Copies to shared memory past the registers, and of how many bytes.
+    found = re.findall(r"cp\.async\.c[ag]\S* \[.*?\], \[.*?\], 0x(\w+)", ptx)
+    sizes = {int(size, 16) for size in found}
+    assert sizes <= bytes_loaded and (16 in sizes) == bool(bytes_loaded)
+    stored = "st.global.v4.b32" if bytes_loaded else "st.global.b16"
+    assert set(re.findall(r"st\.global\S*", ptx)) == {stored}
 
 
 @compiler
@@ -265,8 +267,9 @@ def test_compiled_conv(
     [
         (64, 64, 8, "bf16", "ieee"),
         (32, 128, 32, "fp16", "ieee"),
-        (32, 64, 8, "fp32", "tf32"),
-        (16, 128, 16, "fp32", "full"),
+        (16, 256, 16, "bf16", "ieee"),
+        (16, 64, 32, "fp32", "tf32"),
+        (16, 64, 16, "fp32", "full"),
     ],
 )
 def test_compiled_low_rank(

@@ -209,7 +209,11 @@ def constants(
         step = [s // g for s, g in zip(stride, shared, strict=True)]
         inverse = [pow(d // g, -1, n) for d, g, n in zip(dilation, shared, step, strict=True)]
     plain = is_plain(dtype, precision)
-    columns = min(32 if plain else 128, max(16, triton.next_power_of_2(outputs)))
+    # Where channels do not come in sixteen bytes, each value has an address in a register.
+    single = channels * dtype.itemsize % 16 != 0 or outputs % 16 != 0
+    most = 32 if plain else 64 if single else 128
+    columns = min(most, max(16, triton.next_power_of_2(outputs)))
+    length = math.ceil(kernel[2] / step[2]) * channels
     blocks: dict[str, Any] = {
         "CHANNELS": channels,
         "KERNEL": tuple(kernel),
@@ -221,14 +225,11 @@ def constants(
         "ADJOINT": adjoint,
         "PRECISION": precision,
         "ROWS": ROWS,
-        "INNER": 16 if plain else inner_block(math.ceil(kernel[2] / step[2]) * channels, dtype),
+        "INNER": 16 if plain or single else inner_block(length, dtype),
         "COLUMNS": columns,
     }
-    return blocks, {
-        "num_warps": 8 if columns == 128 else 4,
-        "num_stages": 3,
-        "enable_fp_fusion": True,
-    }
+    warps = 8 if columns == 128 or single else 4
+    return blocks, {"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True}
 
 
 def _run(

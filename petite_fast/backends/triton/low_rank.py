@@ -28,7 +28,7 @@ from petite_fast.backends.triton.conv import dot_precision, inner_block, is_plai
 PROGRAMS = 1024  # about; a few for each multiprocessor. More would only write more partial sums.
 
 # Output channels, rank and their product, rounded up to powers of two, up to which the sums stay in
-# registers (looked up in compiled kernels); without matrix instructions the product is half that.
+# registers (looked up in compiled kernels); without matrix instructions a quarter of that product.
 MOST_OUTPUTS, MOST_RANK, MOST_SUMS = 256, 32, 4096
 
 
@@ -149,7 +149,7 @@ def _padded(count: int) -> int:
 def fits(outputs: int, rank: int, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether the sums of a program stay in registers, and why not."""
     columns, padded = _padded(outputs), _padded(rank)
-    most = MOST_SUMS // 2 if is_plain(dtype, dot_precision(dtype)) else MOST_SUMS
+    most = MOST_SUMS // 4 if is_plain(dtype, dot_precision(dtype)) else MOST_SUMS
     if columns <= MOST_OUTPUTS and padded <= MOST_RANK and columns * padded <= most:
         return True, ""
     return False, (
@@ -169,7 +169,7 @@ def constants(
     precision: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The compile-time arguments of `low_rank_kernel`, and how it is compiled."""
-    columns = _padded(outputs)
+    columns, padded = _padded(outputs), _padded(rank)
     plain = is_plain(dtype, precision)
     blocks: dict[str, Any] = {
         "CHANNELS": channels,
@@ -178,13 +178,15 @@ def constants(
         "PADDING": tuple(padding),
         **dict(zip(("WANT_A", "WANT_B", "WANT_BIAS"), wants, strict=True)),
         "PRECISION": precision,
-        "ROWS": 32 if columns >= 256 or plain else 64,
+        "ROWS": 32 if columns >= 256 or dtype == torch.float32 else 64,
         "INNER": 16 if plain else inner_block(kernel[2] * channels, dtype),
         "COLUMNS": columns,
-        "PADDED": _padded(rank),
+        "PADDED": padded,
     }
-    warps = 8 if columns >= 128 else 4
-    return blocks, {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": True}
+    warps = 8 if 2 * columns * padded >= MOST_SUMS or plain else 4
+    # Left alone, ptxas keeps to 128 registers on sm_100 and spills a few.
+    options = {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": True, "maxnreg": 255}
+    return blocks, options
 
 
 def low_rank_gradient(
