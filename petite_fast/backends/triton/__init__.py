@@ -97,14 +97,14 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
 
 
 def _can_run_conv(
-    tensor: torch.Tensor, weight: torch.Tensor, result: Sequence[int], transposed: bool, groups: int
+    tensor: torch.Tensor, weight: torch.Tensor, transposed: bool, groups: int
 ) -> tuple[bool, str]:
-    """`tensor` is x or grad_y, `result` the size of y or grad_x."""
+    """`tensor` is x or grad_y."""
+    if tensor.device.type == "cuda" and settings.backend() != "triton":
+        return False, "not measured yet against cuDNN; PETITE_FAST_BACKEND=triton takes it"
     possible, reason = _can_run(tensor.device, tensor.numel())
     if not possible:
         return False, reason
-    if settings.backend() != "triton":
-        return False, "not measured yet against cuDNN; PETITE_FAST_BACKEND=triton takes it"
     if transposed:
         return False, "no kernel for transposed convolutions"
     if groups != 1:
@@ -115,9 +115,14 @@ def _can_run_conv(
         eager.conv_layout(tensor, weight) != torch.channels_last_3d
     ):
         return False, "the kernel wants channels_last_3d"
-    if min(result) < 1:
+    return True, ""
+
+
+def _can_index(*sizes: Sequence[int]) -> tuple[bool, str]:
+    """Whether tensors of these sizes are neither empty nor too large, and why not."""
+    if any(min(size) < 1 for size in sizes):
         return False, "the result is empty"
-    if max(tensor.numel(), math.prod(result)) > MOST_ELEMENTS:
+    if any(math.prod(size) > MOST_ELEMENTS for size in sizes):
         return False, f"more than {MOST_ELEMENTS} elements"
     return True, ""
 
@@ -134,13 +139,16 @@ def can_run_conv(
     groups: int,
 ) -> tuple[bool, str]:
     """Whether `conv_forward` takes these arguments, and why not."""
+    possible, reason = _can_run_conv(x, weight, transposed, groups)
+    if not possible:
+        return False, reason
     spatial = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(
             x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
         )
     ]
-    return _can_run_conv(x, weight, [len(x), len(weight), *spatial], transposed, groups)
+    return _can_index(x.shape, [len(x), len(weight), *spatial])
 
 
 def conv_forward(
@@ -173,7 +181,8 @@ def can_run_conv_grad_input(
     groups: int,
 ) -> tuple[bool, str]:
     """Whether `conv_grad_input` takes these arguments, and why not."""
-    return _can_run_conv(grad_y, weight, input_size, transposed, groups)
+    possible, reason = _can_run_conv(grad_y, weight, transposed, groups)
+    return _can_index(grad_y.shape, input_size) if possible else (False, reason)
 
 
 def conv_grad_input(
@@ -214,8 +223,9 @@ def can_run_low_rank_gradient(
             return False, f"no kernel for x of {x.dtype} with grad_y of {grad_y.dtype}"
         if not tensor.is_contiguous(memory_format=torch.channels_last_3d):
             return False, "the kernel wants channels_last_3d"
-        if tensor.numel() > MOST_ELEMENTS:
-            return False, f"more than {MOST_ELEMENTS} elements"
+        possible, reason = _can_index(tensor.shape)
+        if not possible:
+            return False, reason
     from petite_fast.backends.triton import low_rank
 
     return low_rank.fits(grad_y.shape[1], len(lora_A), x.dtype)
