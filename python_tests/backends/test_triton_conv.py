@@ -216,6 +216,7 @@ def check_compiled(kernel: Any, capability: int, precision: str, folder: Path) -
     assert (MATRIX[capability] in ptx) == (precision != "full")
     assert any(name in ptx for name in MATRIX.values()) == (precision != "full")
     assert kernel.metadata.shared <= SHARED[capability]
+    assert capability < 100 or kernel.metadata.tmem_size <= 512  # columns of tensor memory
     assert registers(kernel, folder) <= 255
 
 

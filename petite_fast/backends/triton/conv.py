@@ -184,11 +184,10 @@ def is_plain(dtype: torch.dtype, precision: str) -> bool:
 
 
 def inner_block(length: int, dtype: torch.dtype) -> int:
-    """The largest block, of 128 bytes or less, that pads `length` by a third or less, or 16."""
-    for block in (64, 32):
-        if block * dtype.itemsize <= 128 and 3 * block * math.ceil(length / block) <= 4 * length:
-            return block
-    return 16
+    """The block, of 128 bytes or less, that pads `length` least; 16 if all pad over a third."""
+    blocks = [block for block in (64, 32) if block * dtype.itemsize <= 128]
+    block = min(blocks, key=lambda block: math.ceil(length / block) * block)
+    return block if 3 * block * math.ceil(length / block) <= 4 * length else 16
 
 
 def constants(

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from petite_fast.backends.triton.conv import dot_precision, inner_block, is_plain
+from petite_fast.backends.triton.conv import dot_precision, is_plain
 
 PROGRAMS = 1024  # about; a few for each multiprocessor. More would only write more partial sums.
 
@@ -141,14 +141,15 @@ def low_rank_kernel(
             tl.store(part_bias + share * OUTPUTS + column, grad_bias, mask=real)
 
 
-def _padded(count: int) -> int:
-    """What a matrix instruction takes: a power of two, 16 or more."""
-    return max(16, int(triton.next_power_of_2(count)))
+def _padded(outputs: int, rank: int) -> tuple[int, int]:
+    """What a matrix instruction takes: powers of two, 16 rows and 8 columns or more."""
+    columns, width = triton.next_power_of_2(outputs), triton.next_power_of_2(rank)
+    return max(16, columns), max(8, width)
 
 
 def fits(outputs: int, rank: int, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether the sums of a program stay in registers, and why not."""
-    columns, padded = _padded(outputs), _padded(rank)
+    columns, padded = _padded(outputs, rank)
     most = MOST_SUMS // 4 if is_plain(dtype, dot_precision(dtype)) else MOST_SUMS
     if columns <= MOST_OUTPUTS and padded <= MOST_RANK and columns * padded <= most:
         return True, ""
@@ -169,8 +170,12 @@ def constants(
     precision: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The compile-time arguments of `low_rank_kernel`, and how it is compiled."""
-    columns, padded = _padded(outputs), _padded(rank)
+    columns, padded = _padded(outputs, rank)
     plain = is_plain(dtype, precision)
+    sizes = (16,) if plain else (64, 32, 16) if dtype == torch.float32 else (128, 64, 32, 16)
+    length = kernel[2] * channels
+    # The least work: a block of x and all of grad_y are multiplied with rank columns, twice.
+    inner = min(sizes, key=lambda size: math.ceil(length / size) * (size + columns))
     blocks: dict[str, Any] = {
         "CHANNELS": channels,
         "KERNEL": tuple(kernel),
@@ -179,7 +184,7 @@ def constants(
         **dict(zip(("WANT_A", "WANT_B", "WANT_BIAS"), wants, strict=True)),
         "PRECISION": precision,
         "ROWS": 32 if columns >= 256 or dtype == torch.float32 else 64,
-        "INNER": 16 if plain else inner_block(kernel[2] * channels, dtype),
+        "INNER": inner,
         "COLUMNS": columns,
         "PADDED": padded,
     }
