@@ -3,7 +3,7 @@
 =======================  =======================================================================
 variable                 meaning
 =======================  =======================================================================
-PETITE_FAST_BACKEND      eager | native | triton: that backend or an error; native leaves to eager
+PETITE_FAST_BACKEND      eager | native | triton: that backend or an error; it leaves to eager
                          what it has no kernel for (default: the fastest)
 PETITE_FAST_CPU_ISA      avx512 | avx2 | baseline: instruction set of the native CPU kernels
 =======================  =======================================================================

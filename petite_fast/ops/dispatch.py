@@ -49,6 +49,12 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
     "effective_weight": [
         ("native", native.can_run_effective_weight, native.effective_weight),
     ],
+    "conv": [
+        ("triton", triton.can_run_conv, triton.conv_forward),
+    ],
+    "conv_grad_input": [
+        ("triton", triton.can_run_conv_grad_input, triton.conv_grad_input),
+    ],
     "quantise": [
         ("triton", triton.can_run_quantise, triton.quantise),
         ("native", native_compress.can_run_quantise, native_compress.quantise),
@@ -122,9 +128,8 @@ def runs_native() -> bool:
 def choose(op: str, *args: Any) -> Callable[..., Any]:
     """The function that runs `op` on `args`.
 
-    With PETITE_FAST_BACKEND set, that backend or an error. What native has no kernel for (an op, a
-    dtype, a geometry) runs on eager; where native is not built, and where triton cannot run an op
-    that it has, there is an error.
+    With PETITE_FAST_BACKEND set, that backend or an error. What it has no kernel for (an op, a
+    dtype, a geometry) runs on eager; where it is not there at all, there is an error.
 
     Raises:
         RuntimeError: the forced backend cannot run; the text is its reason.
@@ -139,7 +144,7 @@ def choose(op: str, *args: Any) -> Callable[..., Any]:
         if possible:
             chosen, chosen_function = name, function
             break
-        if forced == "triton" or (forced and not native.available()[0]):
+        if forced and not _is_there(name, args[0]):
             raise RuntimeError(f"{op}: backend {name!r} was forced and cannot run: {reason}")
         refusals.append(f"{name}: {reason}")
         logger.debug("%s: not on %s: %s", op, name, reason)
@@ -148,6 +153,13 @@ def choose(op: str, *args: Any) -> Callable[..., Any]:
         _explaining[Decision(op, arguments, chosen, tuple(refusals))] += 1
     result: Callable[..., Any] = chosen_function
     return result
+
+
+def _is_there(backend: str, tensor: torch.Tensor) -> bool:
+    """Whether a backend has kernels here for the tensor's device."""
+    if backend == "native":
+        return native.available()[0]
+    return tensor.is_cuda and triton.available(tensor.device.index)[0]
 
 
 def _text(argument: Any) -> str:

@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from triton_kernels import (
+    DTYPES,
+    compile_kernel,
+    compiler,
+    interpreter,
+    registers,
+    run_interpreted_tests,
+    run_python,
+)
 
 from petite_fast.backends import eager_compress, eager_random
 from petite_fast.backends import triton as backend
 
 triton = pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
-compiler = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = ["plain", "zero", "tiny", "denormal", "nan", "inf"]
-
-
-def run_python(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter, away from the checkout: it sees the package that is installed."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**environment, **variables},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
 
 
 @compiler
 def test_in_the_interpreter(tmp_path: Path) -> None:
-    run = run_python(
-        tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error::RuntimeWarning",
-        "-k", "interpreted", __file__, TRITON_INTERPRET="1",
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout and "skipped" not in run.stdout, run.stdout
+    run_interpreted_tests(__file__, tmp_path)
 
 
 def draw(count: int, dtype: torch.dtype, kind: str) -> torch.Tensor:
@@ -111,9 +96,6 @@ def test_interpreted_dropout_is_eager_bit_by_bit(dtype: torch.dtype) -> None:
 
 def compiled(name: str, dtype: str, capability: int) -> Any:
     """A kernel for a GPU that is not there, with the hints that a launch on 16 n elements gives."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from petite_fast.backends.triton import compress, random
 
     signature = {
@@ -127,19 +109,10 @@ def compiled(name: str, dtype: str, capability: int) -> Any:
         },
         "dequantise": {"codes": "*i8", "scales": "*fp32", "out": f"*{dtype}", "count": "i32"},
     }[name]  # fmt: skip
-    aligned = [
-        (place,)
-        for place, (argument, kind) in enumerate(signature.items())
-        if kind.startswith("*") or argument == "count"
-    ]
-    source = ASTSource(
-        fn=getattr(random if name == "dropout" else compress, f"{name}_kernel"),
-        signature={**signature, "ROWS": "constexpr"},
-        constexprs={"ROWS": compress.ROWS},
-        attrs={place: [["tt.divisibility", 16]] for place in aligned},
-    )
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options=compress.OPTIONS)
+    return compile_kernel(
+        getattr(random if name == "dropout" else compress, f"{name}_kernel"), signature,
+        {"ROWS": compress.ROWS}, {"count"}, compress.OPTIONS, capability,
+    )  # fmt: skip
 
 
 @compiler
@@ -147,8 +120,6 @@ def compiled(name: str, dtype: str, capability: int) -> Any:
 @pytest.mark.parametrize("name", ["quantise", "dequantise", "dropout"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled(name: str, dtype: str, capability: int, tmp_path: Path) -> None:
-    import triton.backends.nvidia
-
     kernel = compiled(name, dtype, capability)
     ptx = kernel.asm["ptx"]
     assert f".target sm_{capability}" in ptx
@@ -161,14 +132,7 @@ def test_compiled(name: str, dtype: str, capability: int, tmp_path: Path) -> Non
     accesses = set(re.findall(r"(?:ld|st)\.global\S*", ptx))
     scales = {"quantise": {"st.global.b32"}, "dequantise": {"ld.global.b32"}}.get(name, set())
     assert accesses == {"ld.global.v4.b32", "st.global.v4.b32"} | scales
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    usage = subprocess.run(
-        [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    assert re.search(r"STACK:0 .*LOCAL:0 ", usage), usage  # no spills
-    assert int(re.search(r"REG:(\d+)", usage)[1]) <= 64  # type: ignore[index]
+    assert registers(kernel, tmp_path) <= 64
 
 
 @compiler

@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Sequence
 
 import torch
 
+from petite_fast import settings
+from petite_fast.backends import eager
+
 OLDEST_CAPABILITY = (8, 0)  # of the devices that the kernels are compiled for in the tests
+CONV_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Of a convolution's tensors: indices are int32, and the last tile goes on after the last voxel.
+MOST_ELEMENTS = 2**31 - 2**12
 
 
 @functools.cache
@@ -87,3 +94,161 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
 
     with torch.cuda.device(x.device):
         return random.dropout(x, p, seed)
+
+
+def _can_run_conv(
+    tensor: torch.Tensor, weight: torch.Tensor, transposed: bool, groups: int
+) -> tuple[bool, str]:
+    """`tensor` is x or grad_y."""
+    if tensor.device.type == "cuda" and settings.backend() != "triton":
+        return False, "not measured yet against cuDNN; PETITE_FAST_BACKEND=triton takes it"
+    possible, reason = _can_run(tensor.device, tensor.numel())
+    if not possible:
+        return False, reason
+    if transposed:
+        return False, "no kernel for transposed convolutions"
+    if groups != 1:
+        return False, f"no kernel for {groups} groups"
+    if tensor.dtype not in CONV_DTYPES or weight.dtype != tensor.dtype:
+        return False, f"no kernel for {tensor.dtype} with a weight of {weight.dtype}"
+    if not tensor.is_contiguous(memory_format=torch.channels_last_3d) or (
+        eager.conv_layout(tensor, weight) != torch.channels_last_3d
+    ):
+        return False, "the kernel wants channels_last_3d"
+    return True, ""
+
+
+def _can_index(*sizes: Sequence[int]) -> tuple[bool, str]:
+    """Whether tensors of these sizes are neither empty nor too large, and why not."""
+    if any(min(size) < 1 for size in sizes):
+        return False, "the result is empty"
+    if any(math.prod(size) > MOST_ELEMENTS for size in sizes):
+        return False, f"more than {MOST_ELEMENTS} elements"
+    return True, ""
+
+
+def can_run_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> tuple[bool, str]:
+    """Whether `conv_forward` takes these arguments, and why not."""
+    possible, reason = _can_run_conv(x, weight, transposed, groups)
+    if not possible:
+        return False, reason
+    spatial = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
+    return _can_index(x.shape, [len(x), len(weight), *spatial])
+
+
+def conv_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """y = conv(x, weight, bias); only for what `can_run_conv` accepts."""
+    from petite_fast.backends.triton import conv
+
+    with torch.cuda.device(x.device):
+        return conv.conv(x, weight, bias, stride, padding, dilation)
+
+
+def can_run_conv_grad_input(
+    grad_y: torch.Tensor,
+    weight: torch.Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> tuple[bool, str]:
+    """Whether `conv_grad_input` takes these arguments, and why not."""
+    possible, reason = _can_run_conv(grad_y, weight, transposed, groups)
+    return _can_index(grad_y.shape, input_size) if possible else (False, reason)
+
+
+def conv_grad_input(
+    grad_y: torch.Tensor,
+    weight: torch.Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """grad_x of `conv_forward`; only for what `can_run_conv_grad_input` accepts."""
+    from petite_fast.backends.triton import conv
+
+    with torch.cuda.device(grad_y.device):
+        return conv.conv_grad_input(grad_y, weight, input_size, stride, padding, dilation)
+
+
+def can_run_low_rank_gradient(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    want_A: bool,
+    want_B: bool,
+    want_bias: bool,
+) -> tuple[bool, str]:
+    """Whether `low_rank_gradient` takes these arguments, and why not."""
+    for tensor in (x, grad_y):
+        possible, reason = _can_run(tensor.device, tensor.numel())
+        if not possible:
+            return False, reason
+        if tensor.dtype not in CONV_DTYPES or tensor.dtype != x.dtype:
+            return False, f"no kernel for x of {x.dtype} with grad_y of {grad_y.dtype}"
+        if not tensor.is_contiguous(memory_format=torch.channels_last_3d):
+            return False, "the kernel wants channels_last_3d"
+        possible, reason = _can_index(tensor.shape)
+        if not possible:
+            return False, reason
+    from petite_fast.backends.triton import low_rank
+
+    return low_rank.fits(grad_y.shape[1], len(lora_A), x.dtype)
+
+
+def low_rank_gradient(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    want_A: bool,
+    want_B: bool,
+    want_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of A, B and the bias; only for what `can_run_low_rank_gradient` accepts.
+
+    It is in no row of `ops/dispatch.py`: nobody has measured it on a GPU.
+    """
+    from petite_fast.backends.triton import low_rank
+
+    with torch.cuda.device(x.device):
+        return low_rank.low_rank_gradient(
+            grad_y, x, lora_A, lora_B, stride, padding, want_A, want_B, want_bias
+        )
