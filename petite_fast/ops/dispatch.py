@@ -32,11 +32,13 @@ logger = logging.getLogger("petite_fast")
 # takes the function's own arguments. Eager is last, takes everything, and has no predicate.
 _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
     "conv": [
+        ("triton", triton.can_run_conv, triton.conv_forward),
         ("native", native_depthwise.can_run_conv, native_depthwise.conv),
         ("native", native_shuffle.can_run_conv, native_shuffle.conv),
         ("native", native_stem.can_run_conv, native_stem.conv),
     ],
     "conv_grad_input": [
+        ("triton", triton.can_run_conv_grad_input, triton.conv_grad_input),
         ("native", native_depthwise.can_run_conv_grad_input, native_depthwise.conv_grad_input),
         ("native", native_shuffle.can_run_conv_grad_input, native_shuffle.conv_grad_input),
         ("native", native_stem.can_run_conv_grad_input, native_stem.conv_grad_input),
@@ -48,12 +50,6 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
     ],
     "effective_weight": [
         ("native", native.can_run_effective_weight, native.effective_weight),
-    ],
-    "conv": [
-        ("triton", triton.can_run_conv, triton.conv_forward),
-    ],
-    "conv_grad_input": [
-        ("triton", triton.can_run_conv_grad_input, triton.conv_grad_input),
     ],
     "quantise": [
         ("triton", triton.can_run_quantise, triton.quantise),
