@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch  # before _native: its OpenMP runtime is the one that the kernels' loops run on
@@ -68,6 +69,20 @@ def cuda_available(device: int) -> tuple[bool, str]:
     with torch.cuda.device(device):
         reason = module.cuda_why_not(device)
     return not reason, reason
+
+
+def takes(dtypes: Sequence[torch.dtype], *tensors: torch.Tensor | None) -> tuple[bool, str]:
+    """Whether CPU kernels for these dtypes can take these tensors, and why not."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return False, f"no kernel for device {tensor.device.type!r}"
+        if tensor.dtype not in dtypes:
+            return False, f"no kernel for {tensor.dtype}"
+        if tensor.numel() == 0:
+            return False, "a tensor is empty"
+    return available()
 
 
 def can_run_effective_weight(

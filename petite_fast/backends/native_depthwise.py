@@ -9,6 +9,7 @@ import torch
 
 from petite_fast.backends import native
 from petite_fast.backends.eager import conv_layout
+from petite_fast.backends.geometry import ConvGeometry
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _LANES = 16
@@ -20,99 +21,72 @@ def can_run_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> tuple[bool, str]:
     """Whether `conv` takes these arguments, and why not."""
     if bias is not None and bias.dtype != x.dtype:
         return False, f"bias is {bias.dtype}, x is {x.dtype}"
-    kind = "adjoint" if transposed else "conv"
-    return _can_run(kind, x, weight, weight.shape, stride, padding, dilation, groups)
+    g = ConvGeometry.of_op(*numbers)
+    return _can_run("adjoint" if g.transposed else "conv", x, weight, weight.shape, g)
 
 
 def can_run_conv_grad_input(
     grad_y: torch.Tensor,
     weight: torch.Tensor,
     input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> tuple[bool, str]:
     """Whether `conv_grad_input` takes these arguments, and why not."""
-    kind = "conv" if transposed else "adjoint"
-    return _can_run(kind, grad_y, weight, weight.shape, stride, padding, dilation, groups)
+    g = ConvGeometry.of_op(*numbers)
+    return _can_run("conv" if g.transposed else "adjoint", grad_y, weight, weight.shape, g)
 
 
 def can_run_conv_grad_weight(
     grad_y: torch.Tensor,
     x: torch.Tensor,
     weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> tuple[bool, str]:
     """Whether `conv_grad_weight` takes these arguments, and why not."""
-    return _can_run("grad_weight", x, grad_y, weight_size, stride, padding, dilation, groups)
+    return _can_run("grad_weight", x, grad_y, weight_size, ConvGeometry.of_weight_op(*numbers))
 
 
 def conv(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> torch.Tensor:
     """y = conv(x, weight, bias), plain or transposed, for what `can_run_conv` accepts."""
-    size = [
-        (n - 1) * s - 2 * p + 3 + o if transposed else (n + 2 * p - 3) // s + 1
-        for n, s, p, o in zip(x.shape[2:], stride, padding, output_padding, strict=True)
-    ]
-    return _run(x, weight, bias, size, stride, padding, adjoint=transposed)
+    g = ConvGeometry.of_op(*numbers)
+    size = g.output_size(x.shape[2:], weight.shape[2:])
+    return _run(x, weight, bias, size, g, adjoint=g.transposed)
 
 
 def conv_grad_input(
     grad_y: torch.Tensor,
     weight: torch.Tensor,
     input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> torch.Tensor:
     """grad_x of `conv`, for what `can_run_conv_grad_input` accepts."""
-    return _run(grad_y, weight, None, input_size[2:], stride, padding, adjoint=not transposed)
+    g = ConvGeometry.of_op(*numbers)
+    return _run(grad_y, weight, None, input_size[2:], g, adjoint=not g.transposed)
 
 
 def conv_grad_weight(
     grad_y: torch.Tensor,
     x: torch.Tensor,
     weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> torch.Tensor:
     """grad_weight of the plain convolution, for what `can_run_conv_grad_weight` accepts."""
-    layout = conv_layout(x, grad_y)
+    g, layout = ConvGeometry.of_weight_op(*numbers), conv_layout(x, grad_y)
     x = x.contiguous(memory_format=layout)
     grad_y = grad_y.contiguous(memory_format=layout)
     grad = torch.empty(tuple(weight_size), dtype=x.dtype, device="cpu")
     native._load()[0].depthwise_grad_weight(
-        _shape(x.shape, grad_y.shape[2:], stride, padding, layout), native._operand(x),
+        _shape(x.shape, grad_y.shape[2:], g, layout), native._operand(x),
         native._operand(grad_y), native._operand(grad), torch.get_num_threads(),
     )  # fmt: skip
     return grad
@@ -123,24 +97,20 @@ def _can_run(
     x: torch.Tensor,
     other: torch.Tensor,
     weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    g: ConvGeometry,
 ) -> tuple[bool, str]:
     channels, per_group, *kernel = weight_size
-    if channels != groups or per_group != 1:
+    if channels != g.groups or per_group != 1:
         return False, "the convolution is not depthwise"
-    if kernel != [3, 3, 3] or max(dilation) > 1 or max(stride) > 2 or max(padding) > 1:
+    if kernel != [3, 3, 3] or max(g.dilation) > 1 or max(g.stride) > 2 or max(g.padding) > 1:
         return False, "no kernel for this geometry"
-    if x.device.type != "cpu":
-        return False, f"no kernel for device {x.device.type!r}"
-    if x.dtype not in _DTYPES or other.dtype != x.dtype:
+    possible, reason = native.takes(_DTYPES, x, other)
+    if not possible:
+        return False, reason
+    if other.dtype != x.dtype:
         return False, f"no kernel for {x.dtype} and {other.dtype}"
-    if x.numel() == 0 or other.numel() == 0:
-        return False, "a tensor is empty"
     reason = _why_slower(kind, x, other)
-    return (False, reason) if reason else native.available()
+    return not reason, reason
 
 
 def _why_slower(kind: str, x: torch.Tensor, other: torch.Tensor) -> str:
@@ -169,8 +139,7 @@ def _run(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
+    g: ConvGeometry,
     *,
     adjoint: bool,
 ) -> torch.Tensor:
@@ -183,7 +152,7 @@ def _run(
     )
     large, small = (target, source) if adjoint else (source, target)
     native._load()[0].depthwise(
-        _shape(large.shape, small.shape[2:], stride, padding, layout), adjoint,
+        _shape(large.shape, small.shape[2:], g, layout), adjoint,
         native._operand(source), native._operand(weight), native._operand(bias),
         native._operand(target), torch.get_num_threads(),
     )  # fmt: skip
@@ -193,9 +162,8 @@ def _run(
 def _shape(
     large: Sequence[int],
     small: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
+    g: ConvGeometry,
     layout: torch.memory_format,
 ) -> tuple[Any, ...]:
-    axes = list(zip(large[2:], small, stride, padding, strict=True))
+    axes = list(zip(large[2:], small, g.stride, g.padding, strict=True))
     return large[0], large[1], axes, layout == torch.channels_last_3d

@@ -10,13 +10,7 @@ from petite_fast.backends.eager_random import seed_keys
 
 def can_run_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> tuple[bool, str]:
     """Whether `dropout` takes these arguments, and why not."""
-    if x.device.type != "cpu":
-        return False, f"no kernel for device {x.device.type!r}"
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False, f"no kernel for {x.dtype}"
-    if x.numel() == 0:
-        return False, "the tensor is empty"
-    return native.available()
+    return native.takes((torch.float32, torch.bfloat16, torch.float16), x)
 
 
 def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:

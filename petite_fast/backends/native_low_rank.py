@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from petite_fast.backends import eager, native
+from petite_fast.backends.geometry import ConvGeometry
 
 MAX_RANK = 32
 DTYPES = (torch.float32, torch.bfloat16)
@@ -20,34 +21,27 @@ def fits(kernel: Sequence[int], stride: Sequence[int], r: int) -> bool:
 
 
 def _can_run(
-    x: torch.Tensor, lora_A: torch.Tensor, stride: Sequence[int], tensors: Sequence[Any]
+    lora_A: torch.Tensor, stride: Sequence[int], *tensors: torch.Tensor | None
 ) -> tuple[bool, str]:
-    if x.device.type != "cpu":
-        return False, f"no kernel for device {x.device.type!r}"
-    for tensor in (x, *tensors):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            return False, f"no kernel for {tensor.dtype}"
     if not fits(lora_A.shape[2:], stride, lora_A.shape[0]):
         size = tuple(lora_A.shape)
         return False, f"no kernel for a weight of {size} with stride {tuple(stride)}"
-    return native.available()
+    return native.takes(DTYPES, lora_A, *tensors)
 
 
 def can_run_low_rank_input(
     x: torch.Tensor, lora_A: torch.Tensor, stride: Sequence[int], padding: Sequence[int]
 ) -> tuple[bool, str]:
     """Whether `low_rank_input` takes these arguments, and why not."""
-    return _can_run(x, lora_A, stride, ())
+    return _can_run(lora_A, stride, x)
 
 
 def low_rank_input(
     x: torch.Tensor, lora_A: torch.Tensor, stride: Sequence[int], padding: Sequence[int]
 ) -> torch.Tensor:
     """As `eager.low_rank_input`; only for what `can_run_low_rank_input` accepts."""
-    if x.numel() == 0 or lora_A.numel() == 0:
-        return eager.low_rank_input(x, lora_A, stride, padding)
     r, channels, *kernel = lora_A.shape
-    size = _output_size(x.shape[2:], kernel, stride, padding)
+    size = ConvGeometry.of_weight_op(stride, padding).output_size(x.shape[2:], kernel)
     layout = eager.conv_layout(x, lora_A)
     t = torch.empty((x.shape[0], r, *size), dtype=x.dtype, memory_format=layout)
     shape = ((x.shape[0], channels, r, r), x.shape[2:], size, kernel, stride, padding)
@@ -68,7 +62,7 @@ def can_run_low_rank_gradient(
     want_bias: bool,
 ) -> tuple[bool, str]:
     """Whether `low_rank_gradient` takes these arguments, and why not."""
-    return _can_run(grad_y, lora_A, stride, (x, t))
+    return _can_run(lora_A, stride, grad_y, x, t)
 
 
 def low_rank_gradient(
@@ -84,9 +78,6 @@ def low_rank_gradient(
     want_bias: bool,
 ) -> _Gradients:
     """As `eager.low_rank_gradient`; only for what `can_run_low_rank_gradient` accepts."""
-    arguments = (grad_y, x, t, lora_A, lora_B, stride, padding, want_A, want_B, want_bias)
-    if grad_y.numel() == 0 or lora_A.numel() == 0:
-        return eager.low_rank_gradient(*arguments)
     r, channels, *kernel = lora_A.shape
     makes_t = want_B and t is None
     grad_a = torch.empty(lora_A.shape if want_A else 0)
@@ -110,16 +101,10 @@ def low_rank_gradient(
         grad_bias=grad_bias if want_bias else None,
     )
     if not finite:  # An infinity in x or grad_y spreads further than it does in torch.
-        return eager.low_rank_gradient(*arguments)
+        return eager.low_rank_gradient(
+            grad_y, x, t, lora_A, lora_B, stride, padding, want_A, want_B, want_bias
+        )
     return grad_a, grad_b, grad_bias
-
-
-def _output_size(
-    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> tuple[int, ...]:
-    return tuple(
-        (n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True)
-    )
 
 
 def _factors(weight: torch.Tensor) -> torch.Tensor:

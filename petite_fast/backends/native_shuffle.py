@@ -17,19 +17,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from petite_fast.backends import native
 from petite_fast.backends.eager import conv_layout
+from petite_fast.backends.geometry import ConvGeometry
 
 # Codes of csrc/common/shuffle.h.
 _COLUMNS, _ROWS, _CHANNELS_LAST = range(3)
 
 PIECE_ELEMENTS = 1 << 18  # of the matrix per thread: the size of a 1 MB L2
-LARGE = 1 << 21  # elements of a volume
-FEW_CHANNELS = 2
+LARGE = (1 << 21) + 1  # elements of a volume; LARGE_SHARED with more than one thread
+LARGE_SHARED = 1 << 23
+FEW_CHANNELS = 2  # of which oneDNN makes 16 for a weight gradient (measured: 0.4 to 0.8)
 PIECE_VOXELS = 256  # below that, reading the weight again for every piece costs more
 LONG_SEGMENT = 8  # elements of a block's row that are moved together rather than interleaved
 
@@ -38,87 +40,76 @@ def can_run_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> tuple[bool, str]:
     """Whether `conv` takes these arguments, and why not."""
-    if max(output_padding) > 0:
+    g = ConvGeometry.of_op(*numbers)
+    if max(g.output_padding) > 0:
         return False, "output_padding is not 0"
-    if bias is not None and bias.dtype != torch.float32:
-        return False, f"no kernel for bias of {bias.dtype}"
-    possible, reason = _can_run(x, weight, weight.shape, stride, padding, dilation, groups)
-    if not possible or transposed:
+    possible, reason = _can_run((x, weight, bias), weight.shape, g)
+    if not possible or g.transposed:
         return possible, reason
     if any(n < k for n, k in zip(x.shape[2:], weight.shape[2:], strict=True)):
         return False, "the kernel does not fit the volume"
-    # Measured: oneDNN reads blocks well, but for the copies that it makes of contiguous volumes
-    # when these are large (7.3 ms for 11 at 64 <- 32 channels, k2s2 at 24^3) or of few channels
-    # (0.26 for 0.40 at 8 <- 1, k16s16 at 4^3).
     if conv_layout(x, weight) == torch.channels_last_3d:
         return False, "oneDNN is as fast on channels-last volumes"
-    if x.numel() < LARGE and x.shape[1] > FEW_CHANNELS:
-        return False, "oneDNN is as fast on small volumes"
-    return True, ""
+    return _is_read_faster(x)
 
 
 def can_run_conv_grad_input(
     grad_y: torch.Tensor,
     weight: torch.Tensor,
     input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> tuple[bool, str]:
     """Whether `conv_grad_input` takes these arguments, and why not."""
-    return can_run_conv(
-        grad_y, weight, None, stride, padding, dilation, not transposed, output_padding, groups
-    )
+    return can_run_conv(grad_y, weight, None, *_adjoint(*numbers))
 
 
 def can_run_conv_grad_weight(
     grad_y: torch.Tensor,
     x: torch.Tensor,
     weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> tuple[bool, str]:
     """Whether `conv_grad_weight` takes these arguments, and why not."""
-    return _can_run(grad_y, x, weight_size, stride, padding, dilation, groups)
+    possible, reason = _can_run((grad_y, x), weight_size, ConvGeometry.of_weight_op(*numbers))
+    if not possible or x.shape[1] <= FEW_CHANNELS:
+        return possible, reason
+    return _is_read_faster(x)
+
+
+def _is_read_faster(volume: torch.Tensor) -> tuple[bool, str]:
+    """Whether reading blocks out of the fine volume beats oneDNN, which reads them well.
+
+    Measured, ours over oneDNN, 8 to 128 channels, k2s2: one thread 0.3 to 0.7 on more than 2^21
+    elements, 1.0 to 1.1 below; two threads, which read each other's half of the matrix, 0.8 on
+    2^23 and more, 1.1 to 3 below.
+    """
+    least = LARGE if torch.get_num_threads() == 1 else LARGE_SHARED
+    if volume.numel() < least:
+        return False, "oneDNN is as fast on small volumes"
+    return True, ""
+
+
+def _adjoint(
+    stride: Any, padding: Any, dilation: Any, transposed: bool, output_padding: Any, groups: int
+) -> tuple[Any, ...]:
+    """The numbers of grad_x as a convolution of its own."""
+    return stride, padding, dilation, not transposed, output_padding, groups
 
 
 def _can_run(
-    coarse: torch.Tensor,
-    other: torch.Tensor,
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    tensors: Sequence[torch.Tensor | None], weight_size: Sequence[int], g: ConvGeometry
 ) -> tuple[bool, str]:
-    for tensor in (coarse, other):
-        if tensor.device.type != "cpu":
-            return False, f"no kernel for device {tensor.device.type!r}"
-        if tensor.dtype != torch.float32:
-            return False, f"no kernel for {tensor.dtype}"
-        if tensor.numel() == 0:
-            return False, "a tensor is empty"
-    kernel = list(weight_size[2:])
-    if kernel != list(stride) or max(padding) > 0 or groups > 1:
+    kernel = tuple(weight_size[2:])
+    if kernel != g.stride or max(g.padding) > 0 or g.groups > 1:
         return False, "blocks that do not overlap need kernel = stride, padding 0 and one group"
-    if any(k > 1 and d > 1 for k, d in zip(kernel, dilation, strict=True)):
+    if any(k > 1 and d > 1 for k, d in zip(kernel, g.dilation, strict=True)):
         return False, "the kernel is dilated"
     if math.prod(kernel) == 1:
         return False, "pointwise: already a product as it lies"
-    return native.available()
+    return native.takes((torch.float32,), *tensors)
 
 
 class _Piece(NamedTuple):
@@ -208,24 +199,18 @@ def conv(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> torch.Tensor:
     """y = conv(x, weight, bias); only for what `can_run_conv` accepts."""
-    layout = conv_layout(x, weight)
+    g, layout = ConvGeometry.of_op(*numbers), conv_layout(x, weight)
     x = x.contiguous(memory_format=layout)
-    if transposed:
-        size = [n * k for n, k in zip(x.shape[2:], stride, strict=True)]
+    size = g.output_size(x.shape[2:], weight.shape[2:])
+    if g.transposed:
         y = torch.empty((len(x), weight.shape[1], *size), memory_format=layout)
-        _to_blocks(x, weight, bias, _Blocks(y, stride))
+        _to_blocks(x, weight, bias, _Blocks(y, g.stride))
         return y
-    size = [n // k for n, k in zip(x.shape[2:], stride, strict=True)]
     y = torch.empty((len(x), weight.shape[0], *size), memory_format=layout)
-    blocks = _Blocks(x, stride)
+    blocks = _Blocks(x, g.stride)
     product = blocks.weight(weight)
     column = None if bias is None else bias.unsqueeze(1)
     for piece in blocks.pieces():
@@ -241,22 +226,17 @@ def conv_grad_input(
     grad_y: torch.Tensor,
     weight: torch.Tensor,
     input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> torch.Tensor:
     """grad_x of `conv`; only for what `can_run_conv_grad_input` accepts."""
-    if transposed:
-        return conv(grad_y, weight, None, stride, padding, dilation, False, output_padding, groups)
-    layout = conv_layout(grad_y, weight)
-    whole = all(n % k == 0 for n, k in zip(input_size[2:], stride, strict=True))
+    g, layout = ConvGeometry.of_op(*numbers), conv_layout(grad_y, weight)
+    if g.transposed:
+        return conv(grad_y, weight, None, *_adjoint(*numbers))
+    whole = all(n % k == 0 for n, k in zip(input_size[2:], g.stride, strict=True))
     grad_x = torch.empty(tuple(input_size), memory_format=layout)
     if not whole:
         grad_x.zero_()
-    _to_blocks(grad_y.contiguous(memory_format=layout), weight, None, _Blocks(grad_x, stride))
+    _to_blocks(grad_y.contiguous(memory_format=layout), weight, None, _Blocks(grad_x, g.stride))
     return grad_x
 
 
@@ -264,14 +244,11 @@ def conv_grad_weight(
     grad_y: torch.Tensor,
     x: torch.Tensor,
     weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> torch.Tensor:
     """grad_weight of the plain `conv`; only for what `can_run_conv_grad_weight` accepts."""
     layout = conv_layout(x, x)
-    blocks = _Blocks(x.contiguous(memory_format=layout), stride)
+    blocks = _Blocks(x.contiguous(memory_format=layout), ConvGeometry.of_weight_op(*numbers).stride)
     grad_y = grad_y.contiguous(memory_format=conv_layout(grad_y, grad_y))
     grad = x.new_zeros(weight_size[0], blocks.taps)
     for piece in blocks.pieces():

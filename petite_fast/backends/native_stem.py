@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from petite_fast.backends import native
 from petite_fast.backends.eager import conv_layout
+from petite_fast.backends.geometry import ConvGeometry
 from petite_fast.backends.native_shuffle import columns
 
 MOST_INPUTS = 4
@@ -34,41 +36,24 @@ def can_run_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> tuple[bool, str]:
     """Whether `conv` takes these arguments, and why not."""
-    if transposed:
-        return False, "the convolution is transposed"
-    if bias is not None and bias.dtype != torch.float32:
-        return False, f"no kernel for bias of {bias.dtype}"
-    if max(stride) > 1:
+    g = ConvGeometry.of_op(*numbers)
+    if max(g.stride) > 1:
         return False, "oneDNN is as fast on strided convolutions"
-    possible, reason = _can_run(x, weight, weight.shape, groups)
-    if not possible:
-        return possible, reason
-    return _can_fill(x, weight, weight.shape[2:], stride, padding, dilation, 0.9)
+    possible, reason = _can_run((x, weight, bias), weight.shape, g)
+    return _can_fill(x, weight, weight.shape[2:], g, 0.9) if possible else (False, reason)
 
 
 def can_run_conv_grad_input(
     grad_y: torch.Tensor,
     weight: torch.Tensor,
     input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> tuple[bool, str]:
     """Whether `conv_grad_input` takes these arguments, and why not."""
-    if transposed:
-        return False, "the convolution is transposed"
-    possible, reason = _can_run(grad_y, weight, weight.shape, groups)
+    possible, reason = _can_run((grad_y, weight), weight.shape, ConvGeometry.of_op(*numbers))
     if possible and math.prod(weight.shape[1:]) > native._load()[0].STEM_MAX_TAPS:
         return False, "the kernel is too large"
     return possible, reason
@@ -78,45 +63,34 @@ def can_run_conv_grad_weight(
     grad_y: torch.Tensor,
     x: torch.Tensor,
     weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> tuple[bool, str]:
     """Whether `conv_grad_weight` takes these arguments, and why not."""
-    if max(stride) > 1 and weight_size[0] < 2 * LANES:
+    g = ConvGeometry.of_weight_op(*numbers)
+    if max(g.stride) > 1 and weight_size[0] < 2 * LANES:
         return False, "oneDNN is as fast on strided convolutions to few channels"
-    possible, reason = _can_run(x, grad_y, weight_size, groups)
-    if not possible:
-        return possible, reason
-    return _can_fill(x, grad_y, weight_size[2:], stride, padding, dilation, 0.75)
+    possible, reason = _can_run((x, grad_y), weight_size, g)
+    return _can_fill(x, grad_y, weight_size[2:], g, 0.75) if possible else (False, reason)
 
 
 def _can_run(
-    first: torch.Tensor, second: torch.Tensor, weight_size: Sequence[int], groups: int
+    tensors: Sequence[torch.Tensor | None], weight_size: Sequence[int], g: ConvGeometry
 ) -> tuple[bool, str]:
-    for tensor in (first, second):
-        if tensor.device.type != "cpu":
-            return False, f"no kernel for device {tensor.device.type!r}"
-        if tensor.dtype != torch.float32:
-            return False, f"no kernel for {tensor.dtype}"
-        if tensor.numel() == 0:
-            return False, "a tensor is empty"
     outputs, inputs, *kernel = weight_size
-    if groups > 1 or inputs > MOST_INPUTS or outputs < FEWEST_OUTPUTS:
+    if g.transposed:
+        return False, "the convolution is transposed"
+    if g.groups > 1 or inputs > MOST_INPUTS or outputs < FEWEST_OUTPUTS:
         return False, f"only for at most {MOST_INPUTS} to at least {FEWEST_OUTPUTS} channels"
     if math.prod(kernel) == 1:
         return False, "pointwise: a product"
-    return native.available()
+    return native.takes((torch.float32,), *tensors)
 
 
 def _can_fill(
     x: torch.Tensor,
     other: torch.Tensor,
     kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    g: ConvGeometry,
     least: float,
 ) -> tuple[bool, str]:
     """Whether x fits the kernel of csrc/cpu/stem.cpp, of whose lanes `least` are used."""
@@ -124,7 +98,7 @@ def _can_fill(
         return False, "no kernel for channels-last volumes"
     if math.prod(kernel) > 27:
         return False, "oneDNN is as fast for this kernel"
-    size = output_size(x.shape[2:], kernel, stride, padding, dilation)
+    size = g.output_size(x.shape[2:], kernel)
     if min(size) < 1:
         return False, "the kernel does not fit the volume"
     if size[2] < least * math.ceil(size[2] / LANES) * LANES:
@@ -132,36 +106,17 @@ def _can_fill(
     return True, ""
 
 
-def output_size(
-    size: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, ...]:
-    """Spatial size of y for x of spatial `size`."""
-    return tuple(
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
-    )
-
-
 def conv(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> torch.Tensor:
     """y = conv(x, weight, bias); only for what `can_run_conv` accepts."""
-    size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
-    y = x.new_empty(len(x), len(weight), *size)
+    g = ConvGeometry.of_op(*numbers)
+    y = x.new_empty(len(x), len(weight), *g.output_size(x.shape[2:], weight.shape[2:]))
     bias = None if bias is None else bias.contiguous()
-    _call(x, weight.contiguous(), bias, None, weight.shape, stride, padding, dilation, y)
+    _call(x, weight.contiguous(), bias, None, weight.shape, g, y)
     return y
 
 
@@ -169,12 +124,7 @@ def conv_grad_input(
     grad_y: torch.Tensor,
     weight: torch.Tensor,
     input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> torch.Tensor:
     """grad_x of `conv`: W' grad_y, some rows at a time, and each tap's part added in its place."""
     module, _ = native._load()
@@ -183,7 +133,8 @@ def conv_grad_input(
     grad_x = grad_y.new_zeros(tuple(input_size))
     product = weight.flatten(1).t()
     taps, (depth, height, width) = len(product), grad_y.shape[2:]
-    geometry = _geometry((1, *grad_x.shape[1:]), weight.shape, stride, padding, dilation)
+    g = ConvGeometry.of_op(*numbers)
+    geometry = _geometry((1, *grad_x.shape[1:]), weight.shape, g)
     piece = max(1, PIECE_ELEMENTS * threads // (taps * width))
     memory = grad_y.new_empty(taps * min(piece, depth * height) * width)
     for sample, target in zip(grad_y, grad_x, strict=True):
@@ -201,14 +152,12 @@ def conv_grad_weight(
     grad_y: torch.Tensor,
     x: torch.Tensor,
     weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> torch.Tensor:
     """grad_weight of `conv`; only for what `can_run_conv_grad_weight` accepts."""
     grad = x.new_empty(tuple(weight_size))
-    _call(x, None, None, grad_y.contiguous(), weight_size, stride, padding, dilation, grad)
+    g = ConvGeometry.of_weight_op(*numbers)
+    _call(x, None, None, grad_y.contiguous(), weight_size, g, grad)
     return grad
 
 
@@ -218,28 +167,21 @@ def _call(
     bias: torch.Tensor | None,
     grad_y: torch.Tensor | None,
     weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    g: ConvGeometry,
     out: torch.Tensor,
 ) -> None:
     module, _ = native._load()
     x, threads = x.contiguous(), torch.get_num_threads()
-    geometry = _geometry(x.shape, weight_size, stride, padding, dilation)
+    geometry = _geometry(x.shape, weight_size, g)
     workspace = x.new_empty(module.stem_workspace(geometry, grad_y is not None, threads))
     module.stem(geometry, *map(native._operand, (x, weight, bias, grad_y, out, workspace)), threads)
 
 
 def _geometry(
-    size: Sequence[int],
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    size: Sequence[int], weight_size: Sequence[int], g: ConvGeometry
 ) -> tuple[tuple[int, ...], ...]:
     """As bindings_stem.cpp takes it."""
     outputs, inputs, *kernel = weight_size
     return (
-        (size[0], inputs, outputs), tuple(size[2:]), tuple(kernel), tuple(stride),
-        tuple(padding), tuple(dilation),
+        (size[0], inputs, outputs), tuple(size[2:]), tuple(kernel), g.stride, g.padding, g.dilation,
     )  # fmt: skip

@@ -11,8 +11,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from petite_fast.backends import native_low_rank
 from petite_fast.backends.eager import scale_outputs
+from petite_fast.backends.geometry import ConvGeometry, make_geometry, pad_input, unpad_gradient
 from petite_fast.ops import adapted, dispatch, library
-from petite_fast.ops.geometry import ConvGeometry, make_geometry, pad_input, unpad_gradient
 
 # Cost of the two weight gradients in multiply-adds per input channel and voxel, measured with
 # bench/run.py: libraries compute 16 channels at a time, and G and dB are bound by reading grad_y,

@@ -67,6 +67,7 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
         ("native", native_low_rank.can_run_low_rank_input, native_low_rank.low_rank_input),
     ],
     "low_rank_gradient": [
+        ("triton", triton.can_run_low_rank_gradient, triton.low_rank_gradient),
         ("native", native_low_rank.can_run_low_rank_gradient, native_low_rank.low_rank_gradient),
     ],
     "norm_act": [

@@ -14,8 +14,8 @@ import torch
 
 from petite_fast.backends import eager, eager_norm_act
 from petite_fast.backends.eager_random import BLOCK, block_count
+from petite_fast.backends.geometry import make_geometry
 from petite_fast.ops import dispatch
-from petite_fast.ops.geometry import make_geometry
 
 _library = torch.library.Library("petite_fast", "DEF")
 _CONV = "int[] stride, int[] padding, int[] dilation"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from petite_fast.ops.geometry import make_geometry, pad_input
+from petite_fast.backends.geometry import make_geometry, pad_input
 
 
 def effective_weight(

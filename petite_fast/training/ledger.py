@@ -29,6 +29,7 @@ from petite_fast.ops.memory import storage_key
 from petite_fast.training.convolution_memory import RULES, transient_bytes
 
 _SMALL = 8192  # elements: what ops look at are numbers per channel
+_EAGER = "petite_fast.backends.eager"
 _TRANSIENT = -1
 
 
@@ -86,10 +87,13 @@ class Ledger(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         before = self._level
-        out = self._run(func, args, kwargs)
+        function = dispatch.choose(func._opname, *args) if func.namespace == "petite_fast" else None
+        # A kernel of ours allocates its results alone.
+        own = function is not None and not function.__module__.startswith(_EAGER)
+        out = self._run(func, args, kwargs, None if own or func in RULES else function)
         for tensor in _tensors(out):
             self._book(tensor.untyped_storage())
-        transient = 0 if _is_ours(func, args) else transient_bytes(func, args, out)
+        transient = 0 if own else transient_bytes(func, args, out)
         rest = before + transient - self._level
         if rest > 0:
             self._events += [(_TRANSIENT, rest), (_TRANSIENT, -rest)]
@@ -113,16 +117,17 @@ class Ledger(TorchDispatchMode):
         self._level += size
         self._events.append((number, size))
 
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _run(self, func: Any, args: Any, kwargs: Any, eager: Callable[..., Any] | None) -> Any:
+        """`eager` is what computes an op of ours from ops of PyTorch, to be booked one by one."""
         inputs = _tensors((args, kwargs))
         known = None
         if inputs and all(t in self.values for t in inputs):
             known = self._on_values(func, args, kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             return (True if args[0].dtype == torch.bool else 1) if known is None else known
-        eager = self._op_by_op(func, args)
         if eager is not None:
-            out = eager(*args, **kwargs)
+            with self:
+                out = eager(*args, **kwargs)
         else:
             out = self._without_values(func, args, kwargs, known)
         results = _tensors(out)
@@ -146,35 +151,12 @@ class Ledger(TorchDispatchMode):
                     Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), known
                 )
 
-    def _op_by_op(self, func: Any, args: Any) -> Callable[..., Any] | None:
-        """What computes an op of ours from ops of PyTorch, to be booked one by one, if it is that.
-
-        A kernel of ours allocates its results alone; convolutions have a rule of their own.
-        """
-        if func.namespace != "petite_fast" or func in RULES or _is_ours(func, args):
-            return None
-        function = dispatch.choose(func._opname, *args)
-
-        def run(*args: Any) -> Any:
-            with self:
-                return function(*args)
-
-        return run
-
     def _on_values(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`func` of the known values, on the CPU."""
         args, kwargs = tree_map_only(Tensor, lambda t: self.values[t], (args, kwargs))
         if kwargs.get("device") is not None:
             kwargs = kwargs | {"device": torch.device("cpu")}
         return func(*args, **kwargs)
-
-
-def _is_ours(func: Any, args: Any) -> bool:
-    """Whether a kernel of ours runs this op of ours: no ATen call, and no copies."""
-    if func.namespace != "petite_fast":
-        return False
-    function = dispatch.choose(func._opname, *args)
-    return not function.__module__.startswith("petite_fast.backends.eager")
 
 
 def _tensors(tree: Any) -> list[Tensor]:

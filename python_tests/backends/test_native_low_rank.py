@@ -11,6 +11,7 @@ from conv_cases import assert_twice_torch
 from torch.nn import functional as F
 
 from petite_fast.backends import eager, native, native_low_rank
+from petite_fast.ops import library
 
 pytestmark = pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
 OPS = torch.ops.petite_fast
@@ -177,10 +178,12 @@ def test_batch_of_none() -> None:
     form = FORMS["odd"]
     grad_y, x, t, a, b = draw(form, torch.float32, "contiguous")
     given = (grad_y[:0], x[:0], t[:0], a, b)
-    grads = gradients(native_low_rank, form, given, (True, True, True), "x")
+    low = (x[:0], a, form.stride, form.padding)
+    assert native_low_rank.can_run_low_rank_input(*low) == (False, "a tensor is empty")
+    grads = gradients(library, form, given, (True, True, True), "x")
     for grad, like in zip(grads, (a, b, torch.zeros(form.outputs)), strict=True):
         assert torch.equal(grad, torch.zeros_like(like))
-    assert native_low_rank.low_rank_input(x[:0], a, form.stride, form.padding).shape == t[:0].shape
+    assert library.low_rank_input(*low).shape == t[:0].shape
 
 
 def test_what_has_no_kernel() -> None:

@@ -11,6 +11,7 @@ import torch
 from conv_cases import assert_twice_torch
 
 from petite_fast.backends import eager, native, native_stem
+from petite_fast.backends.geometry import ConvGeometry
 from petite_fast.ops import dispatch
 
 pytestmark = pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
@@ -60,9 +61,8 @@ def tensors(case: Stem) -> dict[str, torch.Tensor]:
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
     x = normal(case.batch, case.inputs, *case.size)
-    size = native_stem.output_size(
-        x.shape[2:], case.kernel, case.stride, case.padding, case.dilation
-    )
+    geometry = ConvGeometry.of_weight_op(case.stride, case.padding, case.dilation)
+    size = geometry.output_size(x.shape[2:], case.kernel)
     return {
         "x": x,
         "weight": normal(case.outputs, case.inputs, *case.kernel) / math.prod(case.kernel) ** 0.5,

@@ -350,7 +350,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
             lora_A = torch.empty(r, 4, 3, 3, 3, device="cuda", dtype=dtype)
             lora_B = torch.empty(outputs, r, device="cuda", dtype=dtype)
             possible, reason = backend.can_run_low_rank_gradient(
-                grad_y, x.to(dtype), lora_A, lora_B, ONE, ONE, True, True, True
+                grad_y, x.to(dtype), None, lora_A, lora_B, ONE, ONE, True, True, True
             )
             assert possible == (wanted == "") and reason.startswith(wanted)
 
@@ -382,11 +382,12 @@ def test_cuda(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
         assert_twice_torch(backend.conv_grad_input(*backward), wanted[1], exact[1], 3)
 
     if case.dilation == ONE:
-        low_rank = [*draw_low_rank(case, 8, dtype, "cuda"), case.stride, case.padding]
+        tensors_ = draw_low_rank(case, 8, dtype, "cuda")
+        low_rank = [*tensors_[:2], None, *tensors_[2:], case.stride, case.padding]
         if backend.can_run_low_rank_gradient(*low_rank, True, True, True)[0]:
             ours = backend.low_rank_gradient(*low_rank, True, True, True)
-            theirs = low_rank_torch(case, low_rank[:4])
-            exact = low_rank_torch(case, [tensor.double() for tensor in low_rank[:4]])
+            theirs = low_rank_torch(case, tensors_)
+            exact = low_rank_torch(case, [tensor.double() for tensor in tensors_])
             for three in zip(ours, theirs, exact, strict=True):
                 assert_twice_torch(*three, factor=3)
             again = backend.low_rank_gradient(*low_rank, True, True, True)

@@ -9,11 +9,13 @@ import functools
 import importlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from petite_fast import settings
 from petite_fast.backends import eager
+from petite_fast.backends.geometry import ConvGeometry
 
 OLDEST_CAPABILITY = (8, 0)  # of the devices that the kernels are compiled for in the tests
 CONV_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -96,19 +98,25 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
         return random.dropout(x, p, seed)
 
 
-def _can_run_conv(
-    tensor: torch.Tensor, weight: torch.Tensor, transposed: bool, groups: int
-) -> tuple[bool, str]:
-    """`tensor` is x or grad_y."""
+def _can_run_unmeasured(tensor: torch.Tensor) -> tuple[bool, str]:
+    """For kernels that nobody has measured on a GPU: only where they are asked for."""
     if tensor.device.type == "cuda" and settings.backend() != "triton":
         return False, "not measured yet against cuDNN; PETITE_FAST_BACKEND=triton takes it"
-    possible, reason = _can_run(tensor.device, tensor.numel())
+    return _can_run(tensor.device, tensor.numel())
+
+
+def _can_run_conv(
+    tensor: torch.Tensor, weight: torch.Tensor, numbers: tuple[Any, ...]
+) -> tuple[bool, str]:
+    """`tensor` is x or grad_y."""
+    possible, reason = _can_run_unmeasured(tensor)
     if not possible:
         return False, reason
-    if transposed:
+    g = ConvGeometry.of_op(*numbers)
+    if g.transposed:
         return False, "no kernel for transposed convolutions"
-    if groups != 1:
-        return False, f"no kernel for {groups} groups"
+    if g.groups != 1:
+        return False, f"no kernel for {g.groups} groups"
     if tensor.dtype not in CONV_DTYPES or weight.dtype != tensor.dtype:
         return False, f"no kernel for {tensor.dtype} with a weight of {weight.dtype}"
     if not tensor.is_contiguous(memory_format=torch.channels_last_3d) or (
@@ -131,23 +139,13 @@ def can_run_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> tuple[bool, str]:
     """Whether `conv_forward` takes these arguments, and why not."""
-    possible, reason = _can_run_conv(x, weight, transposed, groups)
+    possible, reason = _can_run_conv(x, weight, numbers)
     if not possible:
         return False, reason
-    spatial = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(
-            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
-    ]
+    spatial = ConvGeometry.of_op(*numbers).output_size(x.shape[2:], weight.shape[2:])
     return _can_index(x.shape, [len(x), len(weight), *spatial])
 
 
@@ -155,33 +153,23 @@ def conv_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> torch.Tensor:
     """y = conv(x, weight, bias); only for what `can_run_conv` accepts."""
     from petite_fast.backends.triton import conv
 
     with torch.cuda.device(x.device):
-        return conv.conv(x, weight, bias, stride, padding, dilation)
+        return conv.conv(x, weight, bias, *numbers[:3])
 
 
 def can_run_conv_grad_input(
     grad_y: torch.Tensor,
     weight: torch.Tensor,
     input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> tuple[bool, str]:
     """Whether `conv_grad_input` takes these arguments, and why not."""
-    possible, reason = _can_run_conv(grad_y, weight, transposed, groups)
+    possible, reason = _can_run_conv(grad_y, weight, numbers)
     return _can_index(grad_y.shape, input_size) if possible else (False, reason)
 
 
@@ -189,36 +177,30 @@ def conv_grad_input(
     grad_y: torch.Tensor,
     weight: torch.Tensor,
     input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *numbers: Any,
 ) -> torch.Tensor:
     """grad_x of `conv_forward`; only for what `can_run_conv_grad_input` accepts."""
     from petite_fast.backends.triton import conv
 
     with torch.cuda.device(grad_y.device):
-        return conv.conv_grad_input(grad_y, weight, input_size, stride, padding, dilation)
+        return conv.conv_grad_input(grad_y, weight, input_size, *numbers[:3])
 
 
 def can_run_low_rank_gradient(
     grad_y: torch.Tensor,
-    x: torch.Tensor,
+    x: torch.Tensor | None,
+    t: torch.Tensor | None,
     lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    want_A: bool,
-    want_B: bool,
-    want_bias: bool,
+    lora_B: torch.Tensor | None,
+    *_: Any,
 ) -> tuple[bool, str]:
     """Whether `low_rank_gradient` takes these arguments, and why not."""
+    possible, reason = _can_run_unmeasured(grad_y)
+    if not possible:
+        return False, reason
+    if x is None or t is not None or lora_B is None:
+        return False, "the kernel wants x and both factors, and makes t itself"
     for tensor in (x, grad_y):
-        possible, reason = _can_run(tensor.device, tensor.numel())
-        if not possible:
-            return False, reason
         if tensor.dtype not in CONV_DTYPES or tensor.dtype != x.dtype:
             return False, f"no kernel for x of {x.dtype} with grad_y of {grad_y.dtype}"
         if not tensor.is_contiguous(memory_format=torch.channels_last_3d):
@@ -232,23 +214,10 @@ def can_run_low_rank_gradient(
 
 
 def low_rank_gradient(
-    grad_y: torch.Tensor,
-    x: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    want_A: bool,
-    want_B: bool,
-    want_bias: bool,
+    grad_y: torch.Tensor, x: torch.Tensor, t: None, *arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of A, B and the bias; only for what `can_run_low_rank_gradient` accepts.
-
-    It is in no row of `ops/dispatch.py`: nobody has measured it on a GPU.
-    """
+    """Gradients of A, B and the bias; only for what `can_run_low_rank_gradient` accepts."""
     from petite_fast.backends.triton import low_rank
 
     with torch.cuda.device(x.device):
-        return low_rank.low_rank_gradient(
-            grad_y, x, lora_A, lora_B, stride, padding, want_A, want_B, want_bias
-        )
+        return low_rank.low_rank_gradient(grad_y, x, *arguments)

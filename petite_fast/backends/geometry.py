@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,30 @@ class ConvGeometry:
     output_padding: Triple = (0, 0, 0)
     pad: tuple[int, ...] = ()
     pad_mode: str = "constant"
+
+    @staticmethod
+    def of_op(
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        transposed: bool,
+        output_padding: Sequence[int],
+        groups: int,
+    ) -> ConvGeometry:
+        """Of the numbers behind the tensors of the ops `conv` and `conv_grad_input`, as checked."""
+        axes: Any = (tuple(each) for each in (stride, padding, dilation, output_padding))
+        strides, pads, dilations, extra = axes
+        return ConvGeometry(strides, pads, dilations, groups, transposed, extra)
+
+    @staticmethod
+    def of_weight_op(
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int] = (1, 1, 1),
+        groups: int = 1,
+    ) -> ConvGeometry:
+        """Of the numbers of the op `conv_grad_weight`; a plain convolution's."""
+        return ConvGeometry.of_op(stride, padding, dilation, False, (0, 0, 0), groups)
 
     def pointwise(self) -> ConvGeometry:
         """The 1x1x1 convolution with the same groups."""
