@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from petite_fast.models import CVTGANDiscriminator, CVTGANGenerator
-from petite_fast.models.cvt import TransformerStage
+from petite_fast.models.cvt import Attention, TransformerStage
 
 BN = ("weight", "bias", "running_mean", "running_var")
 
@@ -334,3 +334,12 @@ def test_compiles_as_one_graph(tiny_generator):
     torch._dynamo.reset()
     compiled = torch.compile(tiny_generator, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), tiny_generator(x), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_a_batch_of_one() -> None:
+    """With torch's own batch norm, whose backward misreads some strides of a batch of one."""
+    torch.manual_seed(0)
+    attention = Attention(8, 2, 0.0).double().eval().requires_grad_(False)
+    attention.conv_proj_q.bn.running_var.uniform_(0.5, 2)
+    tokens = torch.randn(1, 27, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: attention(t, (3, 3, 3)), (tokens,))
