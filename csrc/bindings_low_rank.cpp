@@ -59,9 +59,8 @@ float* floats(const char* name, const Operand& operand, int64_t elements) {
 }
 
 bool run(const ShapeArguments& shape, const VolumeArguments& x, const VolumeArguments& grad_y,
-         const VolumeArguments& t, const Operand& a, const Operand& b, const Operand& bias,
-         const Operand& grad_a, const Operand& grad_b, const Operand& grad_bias,
-         const Operand& workspace, int threads) {
+         const VolumeArguments& t, const Operand& a, const Operand& b, const Operand& grad_a,
+         const Operand& grad_b, const Operand& grad_bias, const Operand& workspace, int threads) {
   require(threads > 0, "threads must be positive" + got(threads));
   const LowRankShape s = shape_of(shape);
   const int64_t outputs = s.batch * voxels(s.output);
@@ -73,7 +72,6 @@ bool run(const ShapeArguments& shape, const VolumeArguments& x, const VolumeArgu
                         volume_of("t", t, outputs * s.rank),
                         floats("a", a, s.channels * taps * s.rank),
                         floats("b", b, s.outputs * s.rank),
-                        floats("bias", bias, s.rank),
                         floats("grad_a", grad_a, s.rank * s.channels * taps),
                         floats("grad_b", grad_b, s.outputs * s.rank),
                         floats("grad_bias", grad_bias, s.outputs),

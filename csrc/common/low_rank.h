@@ -1,7 +1,7 @@
 // The products of a convolution whose weight has few rows, r of them (LoRA's A; T taps, tile by
 // tile, so that t and G are never whole in memory unless t is asked for):
 //
-//     t[q, v] = bias[q] + sum_{c, tap} A[q, c, tap] x[c, s v + tap - p]
+//     t[q, v] = sum_{c, tap} A[q, c, tap] x[c, s v + tap - p]
 //     G[q, v] = sum_o B[o, q] dy[o, v]                       (dy itself where there is no B)
 //     dA[q, c, tap] = sum_v G[q, v] x[c, s v + tap - p]
 //     dB[o, q] = sum_v dy[o, v] t[q, v]                      db[o] = sum_v dy[o, v]
@@ -50,13 +50,12 @@ struct LowRankParams {
   LowRankShape shape;
   LowRankVolume x;
   LowRankVolume grad_y;
-  LowRankVolume t;    // read where grad_y is given, else written
-  const float* a;     // [C, T, r]
-  const float* b;     // [O, r]
-  const float* bias;  // [r], of the t that is written
-  float* grad_a;      // [r, C, T]; null: not asked for, as the next two
-  float* grad_b;      // [O, r]
-  float* grad_bias;   // [O]
+  LowRankVolume t;   // read where grad_y is given, else written
+  const float* a;    // [C, T, r]
+  const float* b;    // [O, r]
+  float* grad_a;     // [r, C, T]; null: not asked for, as the next two
+  float* grad_b;     // [O, r]
+  float* grad_bias;  // [O]
   float* workspace;
   // Set to whether the gradients are. The zeros between a tile's rows meet x of other rows, so that
   // an infinity makes NaNs where it has no part.

@@ -145,8 +145,7 @@ struct Worker {
       over_outputs(tile, false, [&](int64_t first, const TapPlanes& grads) {
         if (p.grad_bias != nullptr) sum_outputs(grads, whole, sums_bias + first);
         if (!makes_g) return;
-        project(grads, {p.b + first * s.rank, nullptr, first > 0}, {g, s.rank, stride, whole},
-                whole);
+        project(grads, {p.b + first * s.rank, first > 0}, {g, s.rank, stride, whole}, whole);
       });
     } else if (p.grad_a != nullptr) {
       pack_output(p.grad_y, s.rank, 0, s.rank, tile, g);
@@ -158,7 +157,7 @@ struct Worker {
       const TapPlanes inputs{x,       channels,    plan.slots * plan.in_plane,
                              offsets, tile.planes, plan.taps};
       if (makes_t) {
-        project(inputs, {p.a + first, p.bias, c > 0}, {t, s.rank, stride, plan.out_plane}, count);
+        project(inputs, {p.a + first, c > 0}, {t, s.rank, stride, plan.out_plane}, count);
       }
       if (p.grad_a != nullptr) {
         correlate(inputs, {g, s.rank, stride, plan.out_plane}, count, sums_a + first);

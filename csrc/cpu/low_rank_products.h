@@ -57,11 +57,9 @@ struct Block {
       : begin(count * i / blocks), size(count * (i + 1) / blocks - count * i / blocks) {}
 };
 
-// a: [channels, taps, rows]; the sums start from the bias, or add to what is there.
 struct Factors {
-  const float* a;
-  const float* bias;  // [rows]; null: zeros
-  bool add;
+  const float* a;  // [channels, taps, rows]
+  bool add;        // to what is there
 };
 
 template <int kRows, int kVectors>
@@ -83,10 +81,9 @@ void project_block(const TapPlanes& x, const int64_t* offsets, int64_t position,
     }
   }
   for (int q = 0; q < kRows; ++q) {
-    const float start = factors.bias == nullptr ? 0.0f : factors.bias[row + q];
     for (int v = 0; v < kVectors; ++v) {
       float* target = out + q * rows.row_stride + v * kLanes;
-      const Floats before = factors.add ? load_vector<float>(target) : Floats{} + start;
+      const Floats before = factors.add ? load_vector<float>(target) : Floats{};
       store_vector<float>(target, before + sum[q][v]);
     }
   }
@@ -140,8 +137,7 @@ static void project(const TapPlanes& x, const Factors& factors, const LowRows<fl
       TapPlanes part = x;
       part.data += channels.begin * x.channel_stride;
       part.channels = channels.size;
-      const Factors of_part{factors.a + channels.begin * x.taps * out.rows, factors.bias,
-                            factors.add || k > 0};
+      const Factors of_part{factors.a + channels.begin * x.taps * out.rows, factors.add || k > 0};
       for (int64_t i = 0; i < blocks; ++i) {
         project_rows<>(Block(out.rows, blocks, i), part, plane, vectors, of_part, out);
       }

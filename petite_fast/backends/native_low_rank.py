@@ -118,7 +118,7 @@ def _run(shape: Any, **tensors: torch.Tensor | None) -> bool:
     threads = torch.get_num_threads()
     workspace = torch.empty(module.low_rank_workspace(shape, threads))
     volumes = [_volume(tensors.get(name)) for name in ("x", "grad_y", "t")]
-    names = ("a", "b", "bias", "grad_a", "grad_b", "grad_bias")
+    names = ("a", "b", "grad_a", "grad_b", "grad_bias")
     operands = [native._operand(tensors.get(name)) for name in names]
     arguments = [(native._operand(t), last) for t, last in volumes]
     finite: bool = module.low_rank(

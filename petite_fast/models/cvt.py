@@ -21,8 +21,8 @@ LEAKY_SLOPE = 0.2
 def to_tokens(x: Tensor) -> Tensor:
     """[B, C, D, H, W] -> [B, D H W, C], a view.
 
-    Not through [B, C, N]: for a batch of one that gives a gradient whose first stride is C, which the
-    backward of torch's batch norm reads in the wrong order on a CPU (torch 2.13).
+    Not through [B, C, N]: for a batch of one that gives a gradient whose first stride is C, which
+    the backward of torch's batch norm reads in the wrong order on a CPU (torch 2.13).
     """
     return x.permute(0, 2, 3, 4, 1).flatten(1, 3)
 

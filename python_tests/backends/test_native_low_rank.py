@@ -209,7 +209,7 @@ def test_the_module_refuses_wrong_sizes() -> None:
         workspace = torch.empty(floats)
         module.low_rank(
             shape, (native._operand(x), False), absent, (native._operand(t), False),
-            native._operand(a), *[empty] * 5, native._operand(workspace), 1,
+            native._operand(a), *[empty] * 4, native._operand(workspace), 1,
         )  # fmt: skip
 
     good: Any = ((1, 2, 3, 3), (4, 4, 4), (4, 4, 4), (3, 3, 3), ONE, ONE)

@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-
-
-@pytest.fixture(autouse=True)
-def _bench_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield
-    for name in [n for n in sys.modules if n.split(".")[0] in ("cases", "measure", "report")]:
-        del sys.modules[name]
 
 
 def _result(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
