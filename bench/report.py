@@ -51,6 +51,8 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def table(result: dict[str, Any]) -> str:
     """The result as a text table."""
+    if result["suite"] == "kernels":
+        return markdown(result)
     lines = [HEADER, *rows(result)]
     widths = [max(len(line[k]) for line in lines if line[3] or k < 2) for k in range(len(HEADER))]
     text, last = [], None
@@ -64,7 +66,7 @@ def table(result: dict[str, Any]) -> str:
     ceilings = about["ceilings"]
     text.append(
         f"{about['gpu'] or about['cpu']}, {about['threads']} threads, torch"
-        f" {about['versions']['torch']}; matmul {ceilings['matmul_gflops_per_s']:.0f} GFLOP/s,"
+        f" {about['versions']['torch']}; products {ceilings['product_gflops_per_s']:.0f} GFLOP/s,"
         f" copy {ceilings['copy_gb_per_s']:.0f} GB/s; median and quartiles, interleaved"
     )
     return "\n".join(text)
@@ -72,15 +74,12 @@ def table(result: dict[str, Any]) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """README's table of a suite."""
-    lines = _memory_lines(result) if result["suite"] == "memory" else _time_lines(result)
+    lines, kept = _LINES[result["suite"]]
     about = result["machine"]
-    kept = "MiB that autograd keeps / MiB at the peak of a step"
-    if result["suite"] != "memory":
-        kept = "what autograd saves, in units of one input of the case"
     where = f"{about['gpu'] or about['cpu']}, {about['threads']} threads"
     versions = f"torch {about['versions']['torch']}, {about['date']}"
-    lines += ["", f"{where}, {versions}; median of interleaved runs; kept = {kept}."]
-    return "\n".join(lines)
+    note = f"{where}, {versions}; median of interleaved runs; {kept}"
+    return "\n".join([*lines(result), "", f"{note}."])
 
 
 def _names(result: dict[str, Any]) -> list[str]:
@@ -119,6 +118,29 @@ def _memory_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _kernel_lines(result: dict[str, Any]) -> list[str]:
+    """One row per kernel: milliseconds; the floor is its flops or bytes at the machine's rates."""
+    names = ("torch", "ours-eager", "ours", "product")
+    lines = [
+        "| kernel | torch | eager | ours | product alone | floor | torch / ours | ours / floor |"
+    ]
+    lines.append("|---" * 8 + "|")
+    rates = result["machine"]["ceilings"]
+    for record in result["cases"]:
+        compute = record["flops"] / rates["product_gflops_per_s"] / 1e6
+        floor = max(compute, record["bytes"] / rates["copy_gb_per_s"] / 1e6)
+        figures = {name: value["ms"] for name, value in record["providers"].items()}
+        ours = figures["ours"]
+        cells = [f"{figures[n]:.2f}" if n in figures else "" for n in names]
+        cells += [f"{floor:.2f}", f"{figures['torch'] / ours:.1f}", f"{ours / floor:.1f}"]
+        lines.append(f"| {record['case']} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Floor: {product_gflops_per_s:.0f} GFLOP/s, {copy_gb_per_s:.0f} GB/s.".format(**rates),
+    ]
+    return lines
+
+
 def _memory_text(value: dict[str, Any]) -> str:
     kept, peak = value["saved_bytes"] / 2**20, value["peak_bytes"] / 2**20
     return f"{kept:.1f} / {peak:.1f} ({value['ms']:.0f})"
@@ -131,6 +153,13 @@ def _cell(value: dict[str, Any] | None, text: Callable[[dict[str, Any]], str]) -
     return "cannot" if "why_not" in value else text(value)
 
 
+_LINES = {
+    "kernels": (_kernel_lines, "ms"),
+    "memory": (_memory_lines, "kept = MiB that autograd keeps / MiB at the peak of a step"),
+    "ops": (_time_lines, "kept = what autograd saves, in units of one input of the case"),
+}
+
+
 def figure(result: dict[str, Any], path: Path) -> None:
     """Bars: time as a multiple of the frozen floor; for memory what is kept, of full tuning's."""
     import matplotlib
@@ -141,7 +170,8 @@ def figure(result: dict[str, Any], path: Path) -> None:
     cases = result["cases"]
     names = [name for name in _names(result) if name != "floor"]
     memory = result["suite"] == "memory"
-    quantity, base = ("saved_bytes", "full") if memory else ("ms", "floor")
+    bases = {"memory": ("saved_bytes", "full"), "ops": ("ms", "floor"), "kernels": ("ms", "torch")}
+    quantity, base = bases[result["suite"]]
     size = (min(0.3 * len(cases) * len(names) + 4, 18), 4.5)
     colours = pyplot.get_cmap("tab20").colors
     drawing, axes = pyplot.subplots(figsize=size, layout="constrained")
@@ -157,7 +187,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks([i + 0.4 - width / 2 for i in range(len(cases))])
     axes.set_xticklabels([r["case"] for r in cases], rotation=20, ha="right", fontsize=8)
-    axes.set_ylabel("kept / full fine-tuning" if memory else "time / frozen floor")
+    axes.set_ylabel(f"{'kept' if memory else 'time'} / {base}")
     axes.set_title(f"{result['suite']} on {result['machine']['gpu'] or result['machine']['cpu']}")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     drawing.savefig(path, dpi=110)

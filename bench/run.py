@@ -1,6 +1,6 @@
 """Measure petite_fast beside plain PyTorch and HF PEFT, in one process, interleaved.
 
-    python bench/run.py [--suite ops|memory|all] [--device cpu|cuda] [--quick] [--threads N]
+    python bench/run.py [--suite kernels|ops|memory|all] [--device cpu|cuda] [--quick] [--threads N]
 
 Prints a table per suite and writes bench/results/SUITE-DEVICE.json and .png; with --threads N
 SUITE-DEVICE-tN.
@@ -23,11 +23,11 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import torch  # noqa: E402
-from cases import memory, ops  # noqa: E402
+from cases import kernels, memory, ops  # noqa: E402
 from measure import machine  # noqa: E402
 from report import figure, table  # noqa: E402
 
-SUITES = {"ops": ops.run, "memory": memory.run}
+SUITES = {"kernels": kernels.run, "ops": ops.run, "memory": memory.run}
 
 
 def main() -> int:

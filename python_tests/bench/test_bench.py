@@ -47,6 +47,50 @@ def test_ops_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (tmp_path / "ops.png").stat().st_size > 1000
 
 
+def test_kernels_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import report
+    from cases import kernels
+
+    def tiny() -> Any:
+        yield from kernels.Conv(4, 8, 6).kernels("forward", "grad_x + grad_weight")
+        yield from kernels.Conv(4, 2, 3, 2, 2, transposed=True).kernels("forward")
+
+    monkeypatch.setattr(kernels, "kernels", tiny)
+    records = json.loads(json.dumps(kernels.run("cpu", quick=True)))
+    forward, backward, transposed = records
+    assert forward["flops"] == 2 * 27 * 4 * 8 * 6**3
+    assert forward["bytes"] == 4 * (4 * 6**3 + 8 * 6**3 + 27 * 4 * 8)
+    assert backward["flops"] == 2 * forward["flops"]
+    assert set(forward["providers"]) == {"torch", "ours-eager", "ours"}
+    assert set(transposed["providers"]) == {"torch", "ours-eager", "ours", "product"}
+    rates = {"product_gflops_per_s": 0.1, "copy_gb_per_s": 1.0}
+    about = {"cpu": "CPU", "gpu": None, "threads": 1, "date": "d", "versions": {"torch": "t"}}
+    result = {"suite": "kernels", "cases": records, "machine": {**about, "ceilings": rates}}
+    row = report.markdown(result).splitlines()[2].split(" | ")
+    assert row[5] == f"{forward['flops'] / 0.1 / 1e6:.2f}"
+    report.figure(result, tmp_path / "kernels.png")
+    assert (tmp_path / "kernels.png").stat().st_size > 1000
+
+
+def test_every_measured_kernel_equals_torch() -> None:
+    from cases import kernels
+
+    torch.manual_seed(0)
+    for kernel in kernels.kernels():
+        wanted, found = _tensors(kernel.torch()), _tensors(kernel.ours())
+        assert len(wanted) == len(found) > 0, kernel.label
+        for theirs, ours in zip(wanted, found, strict=True):
+            error = (ours.flatten() - theirs.flatten()).norm() / theirs.norm()
+            assert error < 1e-4, f"{kernel.label}: {error}"
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """What a kernel gives, empty tensors and None left out."""
+    if isinstance(value, torch.Tensor):
+        return [value] if value.numel() else []
+    return [tensor for each in value or () for tensor in _tensors(each)]
+
+
 def test_forced_backend_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
