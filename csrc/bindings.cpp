@@ -305,6 +305,7 @@ PYBIND11_MODULE(_native, m) {
   petite_fast::bind_effective_weight(m, testing);
   petite_fast::bind_compress(m);
   petite_fast::bind_dropout(m);
+  petite_fast::bind_bottleneck(m);
   petite_fast::bind_low_rank(m);
   petite_fast::bind_depthwise(m);
   petite_fast::bind_norm_act(m);

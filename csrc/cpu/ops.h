@@ -1,6 +1,7 @@
 // CPU operators: one implementation per instruction set, and the function that picks one.
 #pragma once
 
+#include "common/bottleneck.h"
 #include "common/compress.h"
 #include "common/depthwise.h"
 #include "common/dropout.h"
@@ -16,6 +17,7 @@ namespace petite_fast {
 // name, parameters
 #define PF_FOR_CPU_OPS(X)                             \
   X(effective_weight, EffectiveWeightParams)          \
+  X(bottleneck, BottleneckParams)                     \
   X(quantise, QuantiseParams)                         \
   X(dequantise, DequantiseParams)                     \
   X(dropout, DropoutParams)                           \

@@ -14,6 +14,7 @@ from petite_fast import settings
 from petite_fast.backends import (
     eager,
     native,
+    native_bottleneck,
     native_compress,
     native_depthwise,
     native_dropout,
@@ -50,6 +51,16 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
     ],
     "effective_weight": [
         ("native", native.can_run_effective_weight, native.effective_weight),
+    ],
+    "bottleneck": [
+        ("native", native_bottleneck.can_run_bottleneck, native_bottleneck.bottleneck),
+    ],
+    "bottleneck_backward": [
+        (
+            "native",
+            native_bottleneck.can_run_bottleneck_backward,
+            native_bottleneck.bottleneck_backward,
+        ),
     ],
     "quantise": [
         ("triton", triton.can_run_quantise, triton.quantise),
