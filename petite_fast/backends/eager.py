@@ -233,16 +233,6 @@ def low_rank_gradient(
     return grad_a, grad_b, grad_bias
 
 
-def low_rank_blocks(
-    fine: torch.Tensor, factor: torch.Tensor, coarse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """t[q, v] = sum factor[q, c, tap] fine[c, k v + tap]; grad[q, c, tap] = sum_v coarse fine."""
-    geometry = factor.shape[2:], (0, 0, 0), (1, 1, 1)  # stride = kernel
-    t = conv(fine, factor, None, *geometry, False, (0, 0, 0), 1)
-    t = t.contiguous(memory_format=conv_layout(coarse, coarse))
-    return t, conv_grad_weight(coarse, fine, factor.shape, *geometry, 1)
-
-
 def _is_larger(kernel: Sequence[int], size: Sequence[int]) -> bool:
     return any(k > n for k, n in zip(kernel, size, strict=True))
 

@@ -241,18 +241,11 @@ class ConvMap:
             )
             grad = pointwise.grad_weight(low, x, self._split_a(lora_A).shape)
             return grad.view(groups, r, -1).transpose(0, 1).reshape(lora_A.shape)
-        low = self._low_rank_grad(grad_y, lora_B, gamma)
+        b = lora_B if gamma is None else lora_B * gamma.to(lora_B.dtype).unsqueeze(1)
+        b = b.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # [groups*r, O/groups]
+        low = pointwise.forward(grad_y, b[..., None, None, None].contiguous(), None)
         grad = self.grad_weight(low, x, (groups * r, *lora_A.shape[1:]))
         return grad.unflatten(0, (groups, r)).sum(0)
-
-    def _low_rank_grad(
-        self, grad_y: torch.Tensor, lora_B: torch.Tensor, gamma: torch.Tensor | None
-    ) -> torch.Tensor:
-        """G = (gamma B)' grad_y of the plain convolution, r channels per group."""
-        b = lora_B if gamma is None else lora_B * gamma.to(lora_B.dtype).unsqueeze(1)
-        b = b.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)  # [groups*r, O/groups]
-        pointwise = ConvMap(self.geometry.pointwise())
-        return pointwise.forward(grad_y, b[..., None, None, None].contiguous(), None)
 
     def low_rank_grad_B(
         self,
@@ -287,11 +280,7 @@ class ConvMap:
         both = wants.lora_A and wants.lora_B
         pointwise = x is None or self._is_pointwise(lora_A.shape)
         slow = pointwise and not both and _lies_as_matrix(grad_y)
-        fused = not slow and self._is_fused(grad_y, lora_A)
-        blocks = self._is_blocks(lora_B if self.transposed else lora_A)
-        if both and x is not None and blocks and not fused:
-            return self._block_low_rank_gradient(grad_y, x, lora_A, lora_B, gamma, wants)
-        if not fused:
+        if slow or not self._is_fused(grad_y, lora_A):
             return adapted.composed_low_rank_gradient(
                 self, grad_y, x, t, lora_A, lora_B, gamma, wants
             )
@@ -308,29 +297,6 @@ class ConvMap:
             grad_b if wants.lora_B else None,
             grad_bias if wants.bias else None,
         )
-
-    def _block_low_rank_gradient(
-        self,
-        grad_y: torch.Tensor,
-        x: torch.Tensor,
-        lora_A: torch.Tensor,
-        lora_B: torch.Tensor,
-        gamma: torch.Tensor | None,
-        wants: adapted.Wants,
-    ) -> adapted.LowRankGradients:
-        """Of a kernel that is its stride: the finer of x and grad_y is read once."""
-        if self.transposed:
-            b, t = self._scaled_b(lora_B, gamma), self.low_rank_input(x, lora_A)
-            low, grad_b = library.low_rank_blocks(grad_y, b, t)
-            grad_a = ConvMap(self.geometry.pointwise()).grad_weight(low, x, lora_A.shape)
-            if gamma is not None:
-                grad_b = grad_b * gamma.view(1, -1, 1, 1, 1)
-        else:
-            t, grad_a = library.low_rank_blocks(
-                x, lora_A, self._low_rank_grad(grad_y, lora_B, gamma)
-            )
-            grad_b = self.low_rank_grad_B(grad_y, t, lora_B, gamma)
-        return grad_a, grad_b, self.grad_bias(grad_y) if wants.bias else None
 
     def low_rank_is_smaller(self, x: torch.Tensor, lora_A: torch.Tensor) -> bool:
         """Whether t (at output size; transposed: at input size) has fewer elements than x."""
@@ -360,12 +326,6 @@ class ConvMap:
         narrow = size[0] <= most and size[1] <= NARROW_INPUTS
         fused = x.dtype in native_low_rank.DTYPES and self._fits(size[2:], size[0])
         return narrow and fused and not (self._is_pointwise(size) and _lies_as_matrix(x))
-
-    def _is_blocks(self, weight: torch.Tensor) -> bool:
-        """Whether the taps of a weight like this one fall on blocks that do not overlap."""
-        g = self.geometry
-        plain = g.groups == max(g.dilation) == 1 and max(g.output_padding) == max(g.padding) == 0
-        return plain and weight.shape[2:] == g.stride and max(g.stride) > 1 and not g.pad
 
     def _is_pointwise(self, size: Sequence[int]) -> bool:
         g = self.geometry

@@ -81,9 +81,6 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
         ("triton", triton.can_run_low_rank_gradient, triton.low_rank_gradient),
         ("native", native_low_rank.can_run_low_rank_gradient, native_low_rank.low_rank_gradient),
     ],
-    "low_rank_blocks": [
-        ("native", native_shuffle.can_run_low_rank_blocks, native_shuffle.low_rank_blocks),
-    ],
     "norm_act": [
         ("native", native_norm_act.can_run_norm_act, native_norm_act.norm_act),
     ],

@@ -206,23 +206,6 @@ low_rank_gradient = _define(
 )
 
 
-def _fake_low_rank_blocks(
-    fine: torch.Tensor, factor: torch.Tensor, coarse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = eager.conv_layout(coarse, coarse)
-    return torch.empty_like(coarse, memory_format=layout), fine.new_empty(factor.shape)
-
-
-# Both products of the blocks that the taps of factor [r, C, k] cut `fine` into: t = factor * fine
-# with stride k, [N, r, ...], and the weight gradient with coarse [N, r, ...] in grad_y's place.
-low_rank_blocks = _define(
-    "low_rank_blocks",
-    "Tensor fine, Tensor factor, Tensor coarse",
-    _fake_low_rank_blocks,
-    "(Tensor, Tensor)",
-)
-
-
 def _fake_norm_act(
     x: torch.Tensor, *args: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

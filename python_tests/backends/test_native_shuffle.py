@@ -86,8 +86,6 @@ def results(backend: Any, case: Blocks, t: dict[str, torch.Tensor]) -> dict[str,
         ),
         "grad_weight": backend.conv_grad_weight(coarse, fine, weight.shape, *geometry, 1),
     }
-    factor_products = backend.low_rank_blocks(fine, weight, coarse)
-    found |= zip(("low rank t", "low rank gradient"), factor_products, strict=True)
     if not any(case.rest):
         found["transposed grad_x"] = backend.conv_grad_input(
             fine, weight, coarse.shape, *geometry, True, *last

@@ -36,16 +36,6 @@ def test_opcheck_conv(layout: torch.memory_format, batch: int) -> None:
     torch.library.opcheck(OPS.conv_grad_weight, (y, x, list(w.shape), TWOS, ONES, ONES, 1))
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_low_rank_blocks(dtype: torch.dtype, layout: torch.memory_format) -> None:
-    fine = torch.randn(2, 3, 4, 6, 9, dtype=dtype).to(memory_format=layout)
-    factor = torch.randn(5, 3, 2, 2, 2, dtype=dtype)
-    coarse = torch.randn(2, 5, 2, 3, 4, dtype=dtype)
-    torch.library.opcheck(OPS.low_rank_blocks, (fine, factor, coarse))
-    torch.library.opcheck(OPS.low_rank_blocks, (fine, factor, coarse.to(memory_format=layout)))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck_effective_weight(dtype: torch.dtype, transposed: bool) -> None:
