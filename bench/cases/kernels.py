@@ -111,23 +111,6 @@ def _low_rank(channels: int, outputs: int, size: int, r: int) -> Kernel:
     return Kernel(label, flops, x.nbytes + grad_y.nbytes, plain, ours)
 
 
-def _patch_gradient(outputs: int, size: int, r: int) -> Kernel:
-    """t and dA of a patch embedding of 16, all of LoRA's gradient that reads x."""
-    edge = size // 16
-    x = torch.randn(1, 1, *[size] * 3)
-    a = torch.randn(r, 1, 16, 16, 16)
-    low = torch.randn(1, r, *[edge] * 3)
-
-    def plain() -> Any:
-        last = False, ZEROS, 1, [False, True, False]
-        grad = torch.ops.aten.convolution_backward(low, x, a, None, [16] * 3, ZEROS, ONES, *last)
-        return F.conv3d(x, a, stride=16), grad[1]
-
-    flops, moved = 4.0 * r * x.numel(), x.nbytes + 2 * a.nbytes
-    label = f"low-rank gradient 1->{outputs} k16s16 @{size}^3 r{r}"
-    return Kernel(label, flops, moved, plain, lambda: library.low_rank_blocks(x, a, low))
-
-
 def _norm(channels: int, size: int, order: str) -> Kernel:
     """Forward and backward of InstanceNorm and LeakyReLU."""
     x = torch.randn(1, channels, *[size] * 3, requires_grad=True)
@@ -207,7 +190,6 @@ def kernels() -> Iterator[Kernel]:
     yield _low_rank(32, 32, 32, 4)
     yield _low_rank(64, 64, 24, 8)
     yield _low_rank(128, 128, 16, 8)
-    yield _patch_gradient(96, 96, 8)
     yield _norm(32, 48, "norm_act")
     yield _norm(32, 48, "act_norm")
     yield _bottleneck(32, 8, 48)
