@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_info_tunes_only_on_a_gpu(run, refused, monkeypatch) -> None:
 
     def on_cpu(self, patch, device, dtype, layout):
         seen.append((device, dtype, layout, torch.backends.cudnn.benchmark))
-        return decide(self, patch, "cpu", dtype, layout)
+        return Counter() if dtype is None else decide(self, patch, "cpu", dtype, layout)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
