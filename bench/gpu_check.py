@@ -36,7 +36,6 @@ LEAST = 20.0  # seconds without which no part is begun
 SUFFIXES = {".py", ".cpp", ".h", ".cu", ".txt", ".toml"}
 SOURCES = ("petite_fast", "csrc", "python_tests", "bench", "setup.py", "pyproject.toml",
            "CMakeLists.txt")  # fmt: skip
-SANITIZER_ERROR = "9"
 
 
 class Part(NamedTuple):
@@ -77,9 +76,9 @@ def plan(root: Path, out: Path) -> list[Part]:
     network = ("nibabel", "safetensors", "einops", "typer", "rich", "lightning_fabric")
 
     def sanitizer(tool: str) -> Part:
-        # Without torch's cache every tensor has an allocation of its own, and so an end that is seen.
+        # Without torch's cache every tensor has an allocation of its own, whose end is seen.
         check = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool]
-        check += ["--error-exitcode", SANITIZER_ERROR]
+        check += ["--error-exitcode", "9"]
         return Part(tool, [*check, *pytest, *ours], 150, ("pytest",), ("compute-sanitizer",))
 
     return [
@@ -156,7 +155,7 @@ def recorded(record: Path, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file at once or not at all."""
+    """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text + "\n", encoding="utf-8")
@@ -247,8 +246,8 @@ def main(arguments: list[str] | None = None, run: Runner = run_command) -> int:
     )  # fmt: skip
     copy_tuning(out, about["device"])
     lines = [line_of(name, outcome) for name, outcome in outcomes.items()]
-    head = f"{about['date']}, commit {about['commit']}\n{head}"
-    write(out / "gpu-check.txt", "\n".join([head, *lines]))
+    title = f"{about['date']}, commit {about['commit']}"
+    write(out / "gpu-check.txt", "\n".join([title, head, *lines]))
     for name, outcome in outcomes.items():
         if outcome["status"] == "failed":
             print(f"\n{name}:", *outcome["output"], sep="\n  ")
