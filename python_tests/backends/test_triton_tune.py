@@ -123,6 +123,21 @@ def test_entries_are_kept(tmp_path: Path) -> None:
 
 
 @compiler
+def test_a_cache_is_for_a_device_its_versions_and_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device}")
+    monkeypatch.setattr(tune_cache, "__file__", str(tmp_path / "tune_cache.py"))
+    (tmp_path / "conv.py").write_text("a kernel")
+    first = tune_cache.describe(0)
+    assert first["device"] == "card 0" and first["torch"] == torch.__version__
+    assert set(first) == {"device", "torch", "cudnn", "triton", "source"}
+    assert tune_cache.describe(0) == first != tune_cache.describe(1)
+    (tmp_path / "conv.py").write_text("another")
+    assert tune_cache.describe(0)["source"] != first["source"]
+
+
+@compiler
 @pytest.mark.parametrize(
     "text",
     [

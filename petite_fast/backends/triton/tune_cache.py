@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 import logging
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,6 +108,6 @@ def describe(device: int) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "cudnn": str(torch.backends.cudnn.version()),
-        "triton": metadata.version("triton"),
+        "triton": importlib.import_module("triton").__version__,
         "source": source.hexdigest()[:16],
     }
