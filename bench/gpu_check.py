@@ -8,8 +8,8 @@ is not run again for the same sources, device and versions: that is kept in DIR/
 DIR/gpu-check.txt.
 
 The interpreter that runs this runs everything, on the checkout, which is built in place. It needs
-torch, Triton, pytest with pytest-timeout, pybind11, cmake and ninja; a part that needs more is left
-out and says what it misses.
+torch, Triton, pytest with pytest-timeout and pytest-xdist, pybind11, cmake and ninja; a part that
+misses something is left out and says what.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def plan(root: Path, out: Path) -> list[Part]:
     return [
         Part("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 300,
              ("setuptools", "pybind11"), ("nvcc", "cmake", "ninja")),
-        Part("tests", [*pytest, *tests], 240, ("pytest", "pytest_timeout", "triton")),
+        # Compiling Triton's kernels is most of it, so on several cores.
+        Part("tests", [*pytest, "-n", "4", *tests], 240, ("pytest_timeout", "xdist", "triton")),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
         Part("tune", info, 150, ("triton", *network)),

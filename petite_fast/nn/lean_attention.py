@@ -100,7 +100,7 @@ class LeanWindowAttentionTwin(Twin):
 
     def _can_be_fused(self, x: Tensor, mask: Tensor | None) -> bool:
         """Whether nobody asks for the matrix; a new mask is looked at, which a graph cannot."""
-        is_new = mask is not None and self.mask_key not in _groupings
+        is_new = mask is not None and self._known(mask) is None
         return not (
             torch.compiler.is_compiling()
             or (is_new and x.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -110,9 +110,13 @@ class LeanWindowAttentionTwin(Twin):
             or has_hooks(self.softmax)
         )
 
+    def _known(self, mask: Tensor) -> Grouping | None:
+        # A tensor without memory goes with none that has some.
+        return _groupings.get(self.mask_key) if type(mask) is Tensor and not mask.is_meta else None
+
     def _grouping(self, mask: Tensor) -> Grouping:
         """The windows by their masks, looked at once for each key."""
-        known = _groupings.get(self.mask_key)
+        known = self._known(mask)
         if known is not None:
             return known
         groups = _groups(mask)
@@ -120,7 +124,7 @@ class LeanWindowAttentionTwin(Twin):
         firsts, sizes = [group[0] for group in groups], [len(group) for group in groups]
         found = Grouping(firsts, sizes, order, order.argsort())
         # Tensors without memory have no values: what was seen in them is no mask's.
-        if self.mask_key is not None and type(order) is Tensor and not mask.is_meta:
+        if self.mask_key is not None and type(mask) is Tensor and not mask.is_meta:
             _groupings[self.mask_key] = found
         return found
 

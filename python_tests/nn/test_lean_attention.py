@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from petite_fast import BitFitConfig, get_peft_model
 from petite_fast.nn import lean_attention
@@ -162,13 +162,21 @@ def test_a_mask_is_looked_at_once_for_each_size(use_checkpoint, monkeypatch) -> 
 
 
 def test_what_has_no_values_is_not_remembered(monkeypatch) -> None:
+    """Nor does it meet what is remembered: a memory estimate before training, and after."""
     monkeypatch.setattr(lean_attention, "_groupings", {})
     lean = LeanWindowAttentionTwin.become_(make())
     lean.mask_key = "a size"
     monkeypatch.setattr(lean_attention, "_groups", lambda mask: [[0, 1]])
-    lean._grouping(torch.empty(2, N, N, device="meta"))
-    with FakeTensorMode():
-        lean._grouping(torch.empty(2, N, N))
+
+    def without_values() -> None:
+        lean._grouping(torch.empty(2, N, N, device="meta"))
+        with FakeTensorMode():
+            assert type(lean._grouping(torch.empty(2, N, N)).order) is FakeTensor
+
+    without_values()
     assert lean_attention._groupings == {}
     lean._grouping(torch.empty(2, N, N))
-    assert list(lean_attention._groupings) == ["a size"]
+    kept = dict(lean_attention._groupings)
+    assert list(kept) == ["a size"] and type(kept["a size"].order) is torch.Tensor
+    without_values()
+    assert lean_attention._groupings == kept
