@@ -50,6 +50,7 @@ from petite_fast.training.options import (
     Split,
     StepPatch,
     Steps,
+    TuneOf,
     Widths,
     device_name,
     memory_budget,
@@ -300,6 +301,7 @@ def export(
         "info --memory cvtgan --patch 96,96,96 --batch 2 --recipe petite",
         "info --memory unetr --recipe lora --memory-mode int8 --budget 8GiB",
         "info --explain cvtgan --patch 64,64,64 --batch 1",
+        "info --tune unetr --patch 96,96,96 --recipe lora",
     )
 )
 def info(
@@ -307,6 +309,7 @@ def info(
     network: ListedNetwork = None,
     memory: MemoryOf = None,
     explain: ExplainOf = None,
+    tune: TuneOf = None,
     patch: StepPatch = "64,64,64",
     batch: Batch = 2,
     recipe: Recipe = "petite",
@@ -316,11 +319,15 @@ def info(
     """Versions, the native build, devices, and why a backend is not there."""
     from petite_fast.training import about, tables
 
-    if question := memory or explain:
+    if question := memory or explain or tune:
         step = about.StepQuestion(question.value, recipe, batch, memory_mode.value)
         size = numbers("--patch", patch, 3)
         if explain is not None:
             _out.print(tables.decision_table(step.title, step.decisions(size)))
+            return
+        if tune is not None:
+            for title, found in step.tune(size).items():
+                _out.print(tables.decision_table(title, found))
             return
         _out.print(tables.memory_table(step.title, step.estimate(size)))
         if budget is not None:

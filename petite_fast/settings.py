@@ -6,6 +6,7 @@ variable                 meaning
 PETITE_FAST_BACKEND      eager | native | triton: that backend or an error; it leaves to eager
                          what it has no kernel for (default: the fastest)
 PETITE_FAST_CPU_ISA      avx512 | avx2 | baseline: instruction set of the native CPU kernels
+XDG_CACHE_HOME           where the user's cached files are (default: ~/.cache)
 =======================  =======================================================================
 
 PETITE_FAST_CUDA (auto | on | off) is read by setup.py, when the package is built.
@@ -14,6 +15,7 @@ PETITE_FAST_CUDA (auto | on | off) is read by setup.py, when the package is buil
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from petite_fast.errors import InputError
 
@@ -37,6 +39,11 @@ def cpu_isa() -> str | None:
         InputError: PETITE_FAST_CPU_ISA names no instruction set.
     """
     return _choice("PETITE_FAST_CPU_ISA", CPU_ISAS)
+
+
+def cache_folder() -> Path:
+    """Where what this library measured on a machine is kept; it may be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "petite_fast"
 
 
 def _choice(name: str, allowed: tuple[str, ...]) -> str | None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from petite_fast.backends import cudnn_check
 from petite_fast.backends.eager_bottleneck import bottleneck as bottleneck
 from petite_fast.backends.eager_bottleneck import bottleneck_backward as bottleneck_backward
 from petite_fast.backends.eager_compress import dequantise as dequantise
@@ -97,9 +98,10 @@ def conv(
             list(stride), list(dilation), groups, "none", [], "",
         )  # fmt: skip
     else:
-        y = torch.convolution(
-            x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
-        )
+        with cudnn_check.guard(x):
+            y = torch.convolution(
+                x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
+            )
     return y.contiguous(memory_format=layout)
 
 
@@ -125,10 +127,11 @@ def conv_grad_input(
         # cuDNN takes channels_last from the weight: an expanded scalar has no layout of its own.
         weight = weight.contiguous(memory_format=layout)
         stand_in = grad_y.new_empty(1).expand(tuple(input_size))
-        grad_x = torch.ops.aten.convolution_backward(
-            grad_y, stand_in, weight, None, stride, padding, dilation, transposed, output_padding,
-            groups, [True, False, False],
-        )[0]  # fmt: skip
+        with cudnn_check.guard(grad_y):
+            grad_x = torch.ops.aten.convolution_backward(
+                grad_y, stand_in, weight, None, stride, padding, dilation, transposed,
+                output_padding, groups, [True, False, False],
+            )[0]  # fmt: skip
         return grad_x.contiguous(memory_format=layout)
     if transposed:
         return conv(grad_y, weight, None, stride, padding, dilation, False, [0, 0, 0], groups)
@@ -182,10 +185,11 @@ def conv_grad_weight(
     if torch_takes_vol2col(x, stand_in, groups):
         # Opaque oneDNN tensors pass PyTorch's size test whatever their size.
         grad_y, x = grad_y.to_mkldnn(), x.to_mkldnn()
-    grad = torch.ops.aten.convolution_backward(
-        grad_y, x, stand_in, None, stride, padding, dilation, False, [0, 0, 0], groups,
-        [False, True, False],
-    )[1]  # fmt: skip
+    with cudnn_check.guard(x):
+        grad = torch.ops.aten.convolution_backward(
+            grad_y, x, stand_in, None, stride, padding, dilation, False, [0, 0, 0], groups,
+            [False, True, False],
+        )[1]  # fmt: skip
     return (grad.to_dense() if grad.is_mkldnn else grad).contiguous()
 
 

@@ -64,8 +64,8 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
         piece = values[begin * BLOCK : (begin + PIECE) * BLOCK]
         index = torch.arange(begin, min(begin + PIECE, blocks), device=x.device).unsqueeze(1)
         fraction = random_fraction(*(block_key(key, index) for key in keys)).flatten()[: len(piece)]
-        # The factor is rounded as the kernels round it.
-        scale = torch.tensor(1 / (1 - p), dtype=wide, device=x.device)
+        # The factor is rounded as the kernels round it; filled in, as a copy would be a wait.
+        scale = torch.full((), 1 / (1 - p), dtype=wide, device=x.device)
         kept = torch.where(fraction >= threshold(p), piece.to(wide) * scale, 0.0)
         target[begin * BLOCK : (begin + PIECE) * BLOCK] = kept.to(x.dtype)
     return out

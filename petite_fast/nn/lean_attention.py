@@ -6,7 +6,7 @@ heads, n, n]. The fused product keeps q, k, v, the output and one number per que
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,44 @@ from torch import Tensor, nn
 
 from petite_fast.nn.lean import has_hooks
 from petite_fast.nn.twin import Twin
+
+
+class Grouping(NamedTuple):
+    """Windows with equal masks, together: where each group's mask is, and the order and back."""
+
+    firsts: list[int]
+    sizes: list[int]
+    order: Tensor
+    back: Tensor
+
+
+# By what MONAI makes a mask from, and the device: looking at a mask is a wait for a GPU, which a
+# step need not repeat and a graph that is being captured cannot do.
+_groupings: dict[Any, Grouping] = {}
+
+
+class LeanSwinBlockTwin(Twin):
+    """MONAI's SwinTransformerBlock, which tells its attention what the mask was made from."""
+
+    attn: Any
+    window_size: Any
+    shift_size: Any
+
+    @staticmethod
+    def fits(block: Any) -> bool:
+        """Always."""
+        return True
+
+    def forward_part1(self, x: Tensor, mask_matrix: Tensor | None) -> Tensor:
+        """[B, D, H, W, C] or [B, H, W, C]; called by forward, and again where it checkpoints."""
+        if torch.compiler.is_compiling() or not isinstance(self.attn, LeanWindowAttentionTwin):
+            return super().forward_part1(x, mask_matrix)  # type: ignore[misc]
+        size, window, shift = (tuple(t) for t in (x.shape[1:-1], self.window_size, self.shift_size))
+        self.attn.mask_key = (size, window, shift, x.device)
+        try:
+            return super().forward_part1(x, mask_matrix)  # type: ignore[misc]
+        finally:
+            self.attn.mask_key = None
 
 
 class LeanWindowAttentionTwin(Twin):
@@ -33,6 +71,8 @@ class LeanWindowAttentionTwin(Twin):
     proj_drop: nn.Module
     attn_drop: Any
     softmax: nn.Module
+    mask_key: Any = None
+    """Equal for equal masks; None: not known."""
 
     @staticmethod
     def fits(block: Any) -> bool:
@@ -41,7 +81,7 @@ class LeanWindowAttentionTwin(Twin):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """[B nw, n, C], mask [nw, n, n] -> [B nw, n, C]."""
-        if not self._can_be_fused(x):
+        if not self._can_be_fused(x, mask):
             return super().forward(x, mask)
         b, n, c = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads)
@@ -49,30 +89,44 @@ class LeanWindowAttentionTwin(Twin):
         if mask is None:
             y = self._product(qkv, bias)
         else:
-            groups = _groups(mask)
-            order = torch.tensor([w for group in groups for w in group], device=x.device)
+            firsts, sizes, order, back = self._grouping(mask)
             windows = qkv.unflatten(0, (-1, len(mask))).index_select(1, order)
             parts = [
-                self._product(part.flatten(0, 1), bias + mask[group[0]]).unflatten(
-                    0, (-1, len(group))
-                )
-                for part, group in zip(
-                    windows.split([len(group) for group in groups], 1), groups, strict=True
-                )
+                self._product(part.flatten(0, 1), bias + mask[first]).unflatten(0, (-1, size))
+                for part, first, size in zip(windows.split(sizes, 1), firsts, sizes, strict=True)
             ]
-            y = torch.cat(parts, 1).index_select(1, order.argsort()).flatten(0, 1)
+            y = torch.cat(parts, 1).index_select(1, back).flatten(0, 1)
         return self.proj_drop(self.proj(y))
 
-    def _can_be_fused(self, x: Tensor) -> bool:
-        """Whether nobody asks for the matrix; masks are looked at, which a graph cannot."""
+    def _can_be_fused(self, x: Tensor, mask: Tensor | None) -> bool:
+        """Whether nobody asks for the matrix; a new mask is looked at, which a graph cannot."""
+        is_new = mask is not None and self._known(mask) is None
         return not (
             torch.compiler.is_compiling()
-            or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+            or (is_new and x.is_cuda and torch.cuda.is_current_stream_capturing())
             or (self.relative_position_bias_table.requires_grad and torch.is_grad_enabled())
             or (self.attn_drop.training and self.attn_drop.p > 0)
             or has_hooks(self.attn_drop)
             or has_hooks(self.softmax)
         )
+
+    def _known(self, mask: Tensor) -> Grouping | None:
+        # A tensor without memory goes with none that has some.
+        return _groupings.get(self.mask_key) if type(mask) is Tensor and not mask.is_meta else None
+
+    def _grouping(self, mask: Tensor) -> Grouping:
+        """The windows by their masks, looked at once for each key."""
+        known = self._known(mask)
+        if known is not None:
+            return known
+        groups = _groups(mask)
+        order = torch.tensor([w for group in groups for w in group], device=mask.device)
+        firsts, sizes = [group[0] for group in groups], [len(group) for group in groups]
+        found = Grouping(firsts, sizes, order, order.argsort())
+        # Tensors without memory have no values: what was seen in them is no mask's.
+        if self.mask_key is not None and type(mask) is Tensor and not mask.is_meta:
+            _groupings[self.mask_key] = found
+        return found
 
     def _bias(self, n: int) -> Tensor:
         """[heads, n, n] of the table."""

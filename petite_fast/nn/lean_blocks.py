@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from petite_fast.nn.lean import LEAN_LAYERS, RecomputedTwin, fused, is_activation, is_norm
-from petite_fast.nn.lean_attention import LeanWindowAttentionTwin
+from petite_fast.nn.lean_attention import LeanSwinBlockTwin, LeanWindowAttentionTwin
 from petite_fast.nn.lora import LoRALayer
 from petite_fast.nn.twin import Twin
 from petite_fast.ops import concatenate, recomputed
@@ -149,6 +149,7 @@ BLOCKS: dict[str, Any] = {
     "monai.networks.blocks.unetr_block.UnetrUpBlock": LeanUpBlockTwin,
     "monai.networks.layers.simplelayers.SkipConnection": LeanSkipConnectionTwin,
     f"{_RESIDUAL}.BasicBlockD": LeanBasicBlockDTwin,
+    "monai.networks.nets.swin_unetr.SwinTransformerBlock": LeanSwinBlockTwin,
     "monai.networks.nets.swin_unetr.WindowAttention": LeanWindowAttentionTwin,
 }
 MLPS = {"petite_fast.models.cvt.Mlp", "monai.networks.blocks.mlp.MLPBlock"}

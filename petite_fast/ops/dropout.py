@@ -15,7 +15,8 @@ def dropout(x: torch.Tensor, p: float = 0.5, seed: torch.Tensor | None = None) -
 
     Keeps the seed. An op of this library that keeps the result keeps x in its place. The mask is a
     hash of the seed and of the element's place in memory: the same on every backend and with any
-    number of threads, another for another memory format.
+    number of threads, another for another memory format. A replayed CUDA graph repeats the mask of
+    its capture.
 
     Args:
         x: floating-point, of any shape.

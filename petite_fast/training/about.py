@@ -15,6 +15,8 @@ from torch import nn
 from petite_fast import settings
 from petite_fast._version import __version__
 from petite_fast.backends import native
+from petite_fast.backends.triton import TUNED_OPS
+from petite_fast.errors import InputError
 from petite_fast.models import CVTGANDiscriminator, build_network
 from petite_fast.models.published import Network
 from petite_fast.ops import dispatch
@@ -136,13 +138,57 @@ class StepQuestion:
         """
         check_patch(patch)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        return self._decide(patch, device, None, torch.contiguous_format)
+
+    def tune(self, patch: Sequence[int]) -> dict[str, Counter[dispatch.Decision]]:
+        """Measure Triton against the library in such a step on the first GPU: who runs what now.
+
+        One step in float32 and one under autocast to bfloat16, both channels_last_3d, which is what
+        the Triton kernels take. What was measured before is not measured again.
+
+        Returns:
+            {title: decisions}, of the ops that have been measured.
+
+        Raises:
+            InputError: no GPU, a forced backend, no such recipe, or a patch that is not three
+                multiples of 16.
+            ImportError: "unetr", and MONAI is not installed.
+        """
+        if not torch.cuda.is_available():
+            raise InputError("--tune measures on a GPU, and PyTorch finds none here")
+        if forced := settings.backend():
+            raise InputError(f"--tune compares backends, and PETITE_FAST_BACKEND is {forced!r}")
+        check_patch(patch)
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        tables = {}
+        try:
+            for dtype in (None, torch.bfloat16):
+                found = self._decide(patch, "cuda", dtype, torch.channels_last_3d)
+                tuned = {d: calls for d, calls in found.items() if d.op in TUNED_OPS}
+                tables[f"{self.title}, {'float32' if dtype is None else 'bfloat16'}"] = Counter(
+                    tuned
+                )
+        finally:
+            torch.backends.cudnn.benchmark = before
+        return tables
+
+    def _decide(
+        self,
+        patch: Sequence[int],
+        device: str,
+        dtype: torch.dtype | None,
+        layout: torch.memory_format,
+    ) -> Counter[dispatch.Decision]:
         generator = self._build(tuple(patch)).to_empty(device=device).train()
         with torch.no_grad():
             for parameter in generator.parameters():
                 parameter.normal_(std=0.02)
-        x = torch.randn(self.batch, 1, *patch, device=device)
+        generator.to(memory_format=layout)  # type: ignore[call-overload]
+        x = torch.randn(self.batch, 1, *patch, device=device).contiguous(memory_format=layout)
         with dispatch.explaining() as found:
-            generator(x).square().mean().backward()
+            with torch.autocast(device, dtype, enabled=dtype is not None):
+                y = generator(x)
+            y.float().square().mean().backward()
         return found
 
     def _build(self, patch: tuple[int, ...]) -> nn.Module:

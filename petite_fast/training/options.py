@@ -133,6 +133,12 @@ ExplainOf = Annotated[
         "--explain", help="Which backend runs each op of such a step here, and why, instead."
     ),
 ]
+TuneOf = Annotated[
+    NetworkName | None,
+    typer.Option(
+        "--tune", help="Measure the Triton kernels against cuDNN for such a step on this GPU."
+    ),
+]
 StepPatch = Annotated[
     str, typer.Option("--patch", metavar="X,Y,Z", help="Patch in voxels, multiples of 16.")
 ]

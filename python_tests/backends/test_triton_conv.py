@@ -296,6 +296,7 @@ def test_compiled_low_rank(
 @compiler
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "available", lambda device: (True, ""))
+    monkeypatch.setattr(backend.tune, "find", lambda *_: None)
 
     def ask(
         x: torch.Tensor, weight: torch.Tensor, padding: Triple = ONE,
@@ -316,7 +317,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         weight = torch.empty(4, 4, 3, 3, 3, device="cuda")
         plain = torch.empty(1, 4, 5, 6, 7, device="cuda")
         x = plain.to(memory_format=torch.channels_last_3d)
-        assert ask(x, weight).startswith("not measured yet against cuDNN")
+        assert ask(x, weight).startswith("not measured on this device")
         arguments = (None, ONE, ONE, ONE, False, (0, 0, 0), 1)
         assert dispatch.choose("conv", x, weight, *arguments) is eager.conv
         monkeypatch.setenv("PETITE_FAST_BACKEND", "triton")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -135,3 +136,31 @@ def test_info_explains_who_runs_what(run, refused) -> None:
         torch.cuda.is_available()
     )
     assert "multiple" in refused("info", "--explain", "cvtgan", "--patch", "15,16,16")
+
+
+def test_info_tunes_only_on_a_gpu(run, refused, monkeypatch) -> None:
+    question = ("info", "--tune", "cvtgan", "--patch", "16,16,16", "--batch", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--tune measures on a GPU, and PyTorch finds none here" in refused(*question)
+
+    # The step is made on a CPU here, so no kernel is measured: only that it would be.
+    seen, decide = [], StepQuestion._decide
+
+    def on_cpu(self, patch, device, dtype, layout):
+        seen.append((device, dtype, layout, torch.backends.cudnn.benchmark))
+        return Counter() if dtype is None else decide(self, patch, "cpu", dtype, layout)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(StepQuestion, "_decide", on_cpu)
+    result = run(*question)
+    assert result.code == 0, result.err
+    assert "cvtgan, petite, exact, float32" in result.out
+    assert "cvtgan, petite, exact, bfloat16" in result.out
+    assert "conv_grad_input" in result.out and "norm_act" not in result.out
+    last = torch.channels_last_3d
+    assert seen == [("cuda", None, last, True), ("cuda", torch.bfloat16, last, True)]
+    assert torch.backends.cudnn.benchmark is False
+    assert "multiple" in refused("info", "--tune", "cvtgan", "--patch", "15,16,16")
+    monkeypatch.setenv("PETITE_FAST_BACKEND", "eager")
+    assert "PETITE_FAST_BACKEND is 'eager'" in refused(*question)

@@ -7,9 +7,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from petite_fast import BitFitConfig, get_peft_model
-from petite_fast.nn.lean_attention import LeanWindowAttentionTwin
+from petite_fast.nn import lean_attention
+from petite_fast.nn.lean_attention import LeanSwinBlockTwin, LeanWindowAttentionTwin
 from petite_fast.ops import saved_bytes
 
 swin = pytest.importorskip("monai.networks.nets.swin_unetr")
@@ -127,3 +129,54 @@ def test_swin_unetr_keeps_less() -> None:
     grads.append(torch.autograd.grad(model(x).square().mean(), twins[1].qkv.bias)[0])
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-7)
     assert lean < 0.7 * plain
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_a_mask_is_looked_at_once_for_each_size(use_checkpoint, monkeypatch) -> None:
+    """Sizes with as many windows have different masks; the second step looks at none."""
+    torch.manual_seed(0)
+    options = {"shift_size": (1, 1, 1), "use_checkpoint": use_checkpoint}
+    block = swin.SwinTransformerBlock(WIDTH, HEADS, WINDOW, **options).double()
+    block.attn.relative_position_bias_table.requires_grad_(False)
+    lean = LeanSwinBlockTwin.become_(copy.deepcopy(block))
+    LeanWindowAttentionTwin.become_(lean.attn)
+    looked, groups = [], lean_attention._groups
+    monkeypatch.setattr(lean_attention, "_groups", lambda m: looked.append(m) or groups(m))
+    monkeypatch.setattr(lean_attention, "_groupings", {})
+    sizes = [(6, 6, 9), (9, 6, 6), (6, 6, 8)]  # the last is padded to the first
+    for step in range(2):
+        steps = []
+        for net in (block, lean):
+            total = 0.0
+            for size in sizes:
+                x = torch.linspace(-1, 1, 2 * WIDTH * size[0] * size[1] * size[2]).double()
+                padded = [-(-n // 3) * 3 for n in size]
+                mask = swin.compute_mask(padded, WINDOW, (1, 1, 1), torch.device("cpu"))
+                total = total + net(x.sin().view(2, *size, WIDTH), mask).square().sum()
+            steps.append([total, *torch.autograd.grad(total, [net.mlp.linear1.weight,
+                                                              net.attn.qkv.weight])])  # fmt: skip
+        for a, b in zip(*steps, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        assert len(looked) == len(sizes), step
+    assert lean.attn.mask_key is None
+
+
+def test_what_has_no_values_is_not_remembered(monkeypatch) -> None:
+    """Nor does it meet what is remembered: a memory estimate before training, and after."""
+    monkeypatch.setattr(lean_attention, "_groupings", {})
+    lean = LeanWindowAttentionTwin.become_(make())
+    lean.mask_key = "a size"
+    monkeypatch.setattr(lean_attention, "_groups", lambda mask: [[0, 1]])
+
+    def without_values() -> None:
+        lean._grouping(torch.empty(2, N, N, device="meta"))
+        with FakeTensorMode():
+            assert type(lean._grouping(torch.empty(2, N, N)).order) is FakeTensor
+
+    without_values()
+    assert lean_attention._groupings == {}
+    lean._grouping(torch.empty(2, N, N))
+    kept = dict(lean_attention._groupings)
+    assert list(kept) == ["a size"] and type(kept["a size"].order) is torch.Tensor
+    without_values()
+    assert lean_attention._groupings == kept

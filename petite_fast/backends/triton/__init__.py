@@ -16,6 +16,7 @@ import torch
 from petite_fast import settings
 from petite_fast.backends import eager
 from petite_fast.backends.geometry import ConvGeometry
+from petite_fast.backends.triton import tune
 
 OLDEST_CAPABILITY = (8, 0)  # of the devices that the kernels are compiled for in the tests
 CONV_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -98,18 +99,40 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
         return random.dropout(x, p, seed)
 
 
-def _can_run_unmeasured(tensor: torch.Tensor) -> tuple[bool, str]:
-    """For kernels that nobody has measured on a GPU: only where they are asked for."""
-    if tensor.device.type == "cuda" and settings.backend() != "triton":
-        return False, "not measured yet against cuDNN; PETITE_FAST_BACKEND=triton takes it"
-    return _can_run(tensor.device, tensor.numel())
+def _tuned(op: str, args: tuple[Any, ...]) -> tune.Entry | None:
+    """What was measured for the geometry of these arguments."""
+
+    def candidates() -> list[tuple[tune.Config, tune.Run]]:
+        configs = tune.LOW_RANK if op == "low_rank_gradient" else tune.CONV
+        return [(config, functools.partial(_FUNCTIONS[op], *args, config=config))
+                for config in configs]  # fmt: skip
+
+    return tune.find(op, args, functools.partial(getattr(eager, op), *args), candidates)
+
+
+def _config(op: str, args: tuple[Any, ...]) -> tune.Config:
+    entry = _tuned(op, args)
+    return {} if entry is None else entry.config
+
+
+def _wins(op: str, *args: Any) -> tuple[bool, str]:
+    """Whether a kernel is asked for, or was faster on this device than the library."""
+    if settings.backend() == "triton":
+        return True, ""
+    entry = _tuned(op, args)
+    if entry is None:
+        return False, (
+            "not measured on this device (petite-fast info --tune does it);"
+            " PETITE_FAST_BACKEND=triton takes it"
+        )
+    return entry.triton_wins, "" if entry.triton_wins else entry.text
 
 
 def _can_run_conv(
     tensor: torch.Tensor, weight: torch.Tensor, numbers: tuple[Any, ...]
 ) -> tuple[bool, str]:
     """`tensor` is x or grad_y."""
-    possible, reason = _can_run_unmeasured(tensor)
+    possible, reason = _can_run(tensor.device, tensor.numel())
     if not possible:
         return False, reason
     g = ConvGeometry.of_op(*numbers)
@@ -146,7 +169,8 @@ def can_run_conv(
     if not possible:
         return False, reason
     spatial = ConvGeometry.of_op(*numbers).output_size(x.shape[2:], weight.shape[2:])
-    return _can_index(x.shape, [len(x), len(weight), *spatial])
+    possible, reason = _can_index(x.shape, [len(x), len(weight), *spatial])
+    return _wins("conv", x, weight, bias, *numbers) if possible else (False, reason)
 
 
 def conv_forward(
@@ -154,12 +178,15 @@ def conv_forward(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     *numbers: Any,
+    config: tune.Config | None = None,
 ) -> torch.Tensor:
     """y = conv(x, weight, bias); only for what `can_run_conv` accepts."""
     from petite_fast.backends.triton import conv
 
+    if config is None:
+        config = _config("conv", (x, weight, bias, *numbers))
     with torch.cuda.device(x.device):
-        return conv.conv(x, weight, bias, *numbers[:3])
+        return conv.conv(x, weight, bias, *numbers[:3], config=config)
 
 
 def can_run_conv_grad_input(
@@ -170,7 +197,11 @@ def can_run_conv_grad_input(
 ) -> tuple[bool, str]:
     """Whether `conv_grad_input` takes these arguments, and why not."""
     possible, reason = _can_run_conv(grad_y, weight, numbers)
-    return _can_index(grad_y.shape, input_size) if possible else (False, reason)
+    if possible:
+        possible, reason = _can_index(grad_y.shape, input_size)
+    if not possible:
+        return False, reason
+    return _wins("conv_grad_input", grad_y, weight, input_size, *numbers)
 
 
 def conv_grad_input(
@@ -178,12 +209,15 @@ def conv_grad_input(
     weight: torch.Tensor,
     input_size: Sequence[int],
     *numbers: Any,
+    config: tune.Config | None = None,
 ) -> torch.Tensor:
     """grad_x of `conv_forward`; only for what `can_run_conv_grad_input` accepts."""
     from petite_fast.backends.triton import conv
 
+    if config is None:
+        config = _config("conv_grad_input", (grad_y, weight, input_size, *numbers))
     with torch.cuda.device(grad_y.device):
-        return conv.conv_grad_input(grad_y, weight, input_size, *numbers[:3])
+        return conv.conv_grad_input(grad_y, weight, input_size, *numbers[:3], config=config)
 
 
 def can_run_low_rank_gradient(
@@ -192,10 +226,10 @@ def can_run_low_rank_gradient(
     t: torch.Tensor | None,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor | None,
-    *_: Any,
+    *rest: Any,
 ) -> tuple[bool, str]:
     """Whether `low_rank_gradient` takes these arguments, and why not."""
-    possible, reason = _can_run_unmeasured(grad_y)
+    possible, reason = _can_run(grad_y.device, grad_y.numel())
     if not possible:
         return False, reason
     if x is None or t is not None or lora_B is None:
@@ -210,14 +244,31 @@ def can_run_low_rank_gradient(
             return False, reason
     from petite_fast.backends.triton import low_rank
 
-    return low_rank.fits(grad_y.shape[1], len(lora_A), x.dtype)
+    possible, reason = low_rank.fits(grad_y.shape[1], len(lora_A), x.dtype)
+    if not possible:
+        return False, reason
+    return _wins("low_rank_gradient", grad_y, x, t, lora_A, lora_B, *rest)
 
 
 def low_rank_gradient(
-    grad_y: torch.Tensor, x: torch.Tensor, t: None, *arguments: Any
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    t: None,
+    *arguments: Any,
+    config: tune.Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of A, B and the bias; only for what `can_run_low_rank_gradient` accepts."""
     from petite_fast.backends.triton import low_rank
 
+    if config is None:
+        config = _config("low_rank_gradient", (grad_y, x, t, *arguments))
     with torch.cuda.device(x.device):
-        return low_rank.low_rank_gradient(grad_y, x, *arguments)
+        return low_rank.low_rank_gradient(grad_y, x, *arguments, config=config)
+
+
+_FUNCTIONS: dict[str, Any] = {
+    "conv": conv_forward,
+    "conv_grad_input": conv_grad_input,
+    "low_rank_gradient": low_rank_gradient,
+}
+TUNED_OPS = tuple(_FUNCTIONS)

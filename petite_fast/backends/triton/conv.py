@@ -23,6 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
+from petite_fast.backends.triton.tune import Config, configure
+
 ROWS = 128  # output voxels of a program
 
 
@@ -238,6 +240,7 @@ def _run(
     spatial: Sequence[int],
     geometry: tuple[Sequence[int], Sequence[int], Sequence[int]],
     adjoint: bool,
+    config: Config,
 ) -> torch.Tensor:
     """y of size `spatial`; weight [kD, kH, kW, channels of x, channels of y], contiguous."""
     outputs = weight.shape[4]
@@ -248,10 +251,11 @@ def _run(
     blocks, options = constants(
         x.shape[1], outputs, weight.shape[:3], *geometry, adjoint, x.dtype, dot_precision(x.dtype)
     )
+    configure(blocks, options, config)
     parity = geometry[0] if adjoint else (1, 1, 1)
     rows = [triton.cdiv(n, s) for n, s in zip(spatial, parity, strict=True)]
     count = len(y) * math.prod(rows)
-    programs = triton.cdiv(count, ROWS) * math.prod(parity)
+    programs = triton.cdiv(count, blocks["ROWS"]) * math.prod(parity)
     conv_kernel[(programs * triton.cdiv(outputs, blocks["COLUMNS"]),)](
         x, weight, bias, y, *x.shape[2:], outputs, *spatial, count, *rows, **blocks, **options
     )
@@ -265,6 +269,8 @@ def conv(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    *,
+    config: Config | None = None,
 ) -> torch.Tensor:
     """y = conv(x, weight, bias), one group; x and y channels_last_3d."""
     spatial = [
@@ -274,7 +280,7 @@ def conv(
         )
     ]
     packed = weight.permute(2, 3, 4, 1, 0).contiguous()
-    return _run(x, packed, bias, spatial, (stride, padding, dilation), False)
+    return _run(x, packed, bias, spatial, (stride, padding, dilation), False, config or {})
 
 
 def conv_grad_input(
@@ -284,7 +290,11 @@ def conv_grad_input(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    *,
+    config: Config | None = None,
 ) -> torch.Tensor:
     """grad_x of `conv`; grad_y and grad_x channels_last_3d."""
     packed = weight.permute(2, 3, 4, 0, 1).contiguous()
-    return _run(grad_y, packed, None, input_size[2:], (stride, padding, dilation), True)
+    return _run(
+        grad_y, packed, None, input_size[2:], (stride, padding, dilation), True, config or {}
+    )

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from petite_fast.backends.triton.conv import dot_precision, is_plain
+from petite_fast.backends.triton.tune import Config, configure
 
 PROGRAMS = 1024  # about; a few for each multiprocessor. More would only write more partial sums.
 
@@ -204,6 +205,8 @@ def low_rank_gradient(
     want_A: bool,
     want_B: bool,
     want_bias: bool,
+    *,
+    config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of A, B and the bias, in float32; empty if not wanted.
 
@@ -216,6 +219,7 @@ def low_rank_gradient(
         channels, outputs, r, kernel, stride, padding, (want_A, want_B, want_bias), x.dtype,
         dot_precision(x.dtype),
     )  # fmt: skip
+    configure(blocks, options, config or {})
     taps, padded = math.prod(kernel), blocks["PADDED"]
     jobs = kernel[0] * kernel[1] * triton.cdiv(kernel[2] * channels, blocks["INNER"])
     rows = grad_y.numel() // outputs
