@@ -113,8 +113,6 @@ def _can_run_conv(
     if not possible:
         return False, reason
     g = ConvGeometry.of_op(*numbers)
-    if g.transposed:
-        return False, "no kernel for transposed convolutions"
     if g.groups != 1:
         return False, f"no kernel for {g.groups} groups"
     if tensor.dtype not in CONV_DTYPES or weight.dtype != tensor.dtype:
@@ -135,6 +133,12 @@ def _can_index(*sizes: Sequence[int]) -> tuple[bool, str]:
     return True, ""
 
 
+def _conv_size(x: torch.Tensor, weight: torch.Tensor, g: ConvGeometry) -> list[int]:
+    """Of y, for one group."""
+    channels = weight.shape[1] if g.transposed else len(weight)
+    return [len(x), channels, *g.output_size(x.shape[2:], weight.shape[2:])]
+
+
 def can_run_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -145,8 +149,7 @@ def can_run_conv(
     possible, reason = _can_run_conv(x, weight, numbers)
     if not possible:
         return False, reason
-    spatial = ConvGeometry.of_op(*numbers).output_size(x.shape[2:], weight.shape[2:])
-    return _can_index(x.shape, [len(x), len(weight), *spatial])
+    return _can_index(x.shape, _conv_size(x, weight, ConvGeometry.of_op(*numbers)))
 
 
 def conv_forward(
@@ -158,8 +161,12 @@ def conv_forward(
     """y = conv(x, weight, bias); only for what `can_run_conv` accepts."""
     from petite_fast.backends.triton import conv
 
+    g = ConvGeometry.of_op(*numbers)
     with torch.cuda.device(x.device):
-        return conv.conv(x, weight, bias, *numbers[:3])
+        size = _conv_size(x, weight, g)
+        if g.transposed:
+            return conv.conv_grad_input(x, weight, size, g.stride, g.padding, g.dilation, bias)
+        return conv.conv(x, weight, bias, g.stride, g.padding, g.dilation, size[2:])
 
 
 def can_run_conv_grad_input(
@@ -182,8 +189,11 @@ def conv_grad_input(
     """grad_x of `conv_forward`; only for what `can_run_conv_grad_input` accepts."""
     from petite_fast.backends.triton import conv
 
+    g = ConvGeometry.of_op(*numbers)
     with torch.cuda.device(grad_y.device):
-        return conv.conv_grad_input(grad_y, weight, input_size, *numbers[:3])
+        if g.transposed:
+            return conv.conv(grad_y, weight, None, g.stride, g.padding, g.dilation, input_size[2:])
+        return conv.conv_grad_input(grad_y, weight, input_size, g.stride, g.padding, g.dilation)
 
 
 def can_run_low_rank_gradient(
