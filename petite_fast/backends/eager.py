@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from petite_fast.backends.eager_bottleneck import bottleneck as bottleneck
+from petite_fast.backends.eager_bottleneck import bottleneck_backward as bottleneck_backward
 from petite_fast.backends.eager_compress import dequantise as dequantise
 from petite_fast.backends.eager_compress import quantise as quantise
 from petite_fast.backends.eager_norm_act import norm_act as norm_act

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from petite_fast.ops import compress
+from petite_fast.ops import compress, library
 from petite_fast.ops.adapted import compute_dtype
-from petite_fast.ops.library import below_autocast, first_order
+from petite_fast.ops.library import first_order
 
 ACTIVATIONS = ("gelu", "relu")
 
@@ -91,92 +90,15 @@ class _Bottleneck(torch.autograd.Function):
         dtype: torch.dtype,
         trains: bool,
     ) -> torch.Tensor:
-        ctx.activation, ctx.volumes, ctx.dtype = activation, volumes, dtype
+        ctx.form = (activation, volumes, dtype)
         if trains:
             kept, ctx.packing = compress.keep(x)
-            ctx.save_for_backward(*kept, down_weight, down_bias, up_weight, up_bias)
-        return below_autocast(_forward)(
-            x, down_weight, down_bias, up_weight, up_bias, activation, volumes, dtype
-        )
+            ctx.save_for_backward(*kept, down_weight, down_bias, up_weight)
+        return library.bottleneck(x, down_weight, down_bias, up_weight, up_bias, *ctx.form)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_y: torch.Tensor) -> Any:
-        return below_autocast(_gradients)(grad_y, ctx)
-
-
-def _matrix(x: torch.Tensor, volumes: bool, dtype: torch.dtype) -> torch.Tensor:
-    """x as tokens [T, C], or as volumes [N, C, S]."""
-    x = x.to(dtype)
-    return x.flatten(2) if volumes else x.reshape(-1, x.shape[-1])
-
-
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """weight x + bias per token: [T, C] -> [T, H], or [N, C, S] -> [N, H, S]."""
-    if x.dim() == 2:
-        return F.linear(x, weight, bias)
-    # matmul would fold the batch into the rows, which copies the volume to channels-last.
-    return torch.baddbmm(bias.unsqueeze(1), weight.expand(len(x), -1, -1), x)
-
-
-def _transposed(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """weight^T grad per token: the gradient of `_linear` with respect to x."""
-    if grad.dim() == 2:
-        return grad @ weight
-    return torch.bmm(weight.t().expand(len(grad), -1, -1), grad)
-
-
-def _outer(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Sum of grad x^T over all tokens: the gradient of `_linear` with respect to the weight."""
-    if grad.dim() == 2:
-        return grad.t() @ x
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    return torch.bmm(grad, x.mT).sum(0, dtype=wide)
-
-
-def _total(grad: torch.Tensor) -> torch.Tensor:
-    """Sum over all tokens."""
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    return grad.sum(0 if grad.dim() == 2 else (0, 2), dtype=wide)
-
-
-def _forward(
-    x: torch.Tensor,
-    down_weight: torch.Tensor,
-    down_bias: torch.Tensor,
-    up_weight: torch.Tensor,
-    up_bias: torch.Tensor,
-    activation: str,
-    volumes: bool,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    hidden = _linear(_matrix(x, volumes, dtype), down_weight.to(dtype), down_bias.to(dtype))
-    hidden = F.gelu(hidden) if activation == "gelu" else F.relu(hidden)
-    return x + _linear(hidden, up_weight.to(dtype), up_bias.to(dtype)).view(x.shape)
-
-
-def _gradients(grad_y: torch.Tensor, ctx: Any) -> tuple[torch.Tensor | None, ...]:
-    first, second, down_weight, down_bias, up_weight, up_bias = ctx.saved_tensors
-    x = compress.restore((first, second), ctx.packing)
-    volumes, dtype = ctx.volumes, ctx.dtype
-    values, grad = _matrix(x, volumes, dtype), _matrix(grad_y, volumes, dtype)
-    inner = _linear(values, down_weight.to(dtype), down_bias.to(dtype))
-    grad_hidden = _transposed(grad, up_weight.to(dtype))
-    if ctx.activation == "gelu":
-        hidden = F.gelu(inner)
-        grad_inner = torch.ops.aten.gelu_backward(grad_hidden, inner)
-    else:
-        hidden = F.relu(inner)
-        grad_inner = grad_hidden * (inner > 0)
-    grad_x = grad_y + _transposed(grad_inner, down_weight.to(dtype)).view(x.shape)
-    return (
-        grad_x.to(x.dtype),
-        _outer(grad_inner, values).to(down_weight.dtype),
-        _total(grad_inner).to(down_bias.dtype),
-        _outer(grad, hidden).to(up_weight.dtype),
-        _total(grad).to(up_bias.dtype),
-        None,
-        None,
-        None,
-        None,
-    )
+        first, second, *weights = ctx.saved_tensors
+        x = compress.restore((first, second), ctx.packing)
+        return *library.bottleneck_backward(grad_y, x, *weights, *ctx.form), None, None, None, None

@@ -278,3 +278,37 @@ unpack_signs = _define(
     "Tensor bits, SymInt size",
     lambda bits, size: bits.new_empty((*bits.shape[:-1], size), dtype=torch.bool),
 )
+
+
+def _fake_bottleneck(x: torch.Tensor, *args: Any) -> torch.Tensor:
+    return torch.empty_like(x, dtype=torch.promote_types(x.dtype, args[-1]))
+
+
+def _fake_bottleneck_backward(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor,
+    up_weight: torch.Tensor,
+    *_: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    weights = (down_weight, down_bias, up_weight)
+    down, down_bias, up = (w.new_empty(w.shape) for w in weights)
+    grad_x = torch.empty_like(grad_y, dtype=x.dtype)
+    return grad_x, down, down_bias, up, up_weight.new_empty(len(up_weight))
+
+
+_BOTTLENECK = "str activation, bool volumes, ScalarType dtype"
+bottleneck = _define(
+    "bottleneck",
+    "Tensor x, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias,"
+    f" {_BOTTLENECK}",
+    _fake_bottleneck,
+)
+bottleneck_backward = _define(
+    "bottleneck_backward",
+    "Tensor grad_y, Tensor x, Tensor down_weight, Tensor down_bias, Tensor up_weight,"
+    f" {_BOTTLENECK}",
+    _fake_bottleneck_backward,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
