@@ -231,3 +231,63 @@ def low_rank_gradient(
 
     with torch.cuda.device(x.device):
         return low_rank.low_rank_gradient(grad_y, x, *arguments)
+
+
+def _can_run_bottleneck(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[bool, str]:
+    """`tensors`: x, and grad_y before it in a backward pass."""
+    possible, reason = _can_run_unmeasured(tensors[0])
+    if not possible:
+        return False, reason
+    x = tensors[-1]
+    known = x.dtype in CONV_DTYPES and dtype in CONV_DTYPES
+    if not known or torch.promote_types(x.dtype, dtype) != x.dtype:
+        return False, f"no kernel for x of {x.dtype} with products in {dtype}"
+    for tensor in tensors:
+        if tensor.dtype != x.dtype:
+            return False, f"no kernel for x of {x.dtype} with grad_y of {tensor.dtype}"
+        if not tensor.is_contiguous():
+            return False, "the kernel wants contiguous tensors"
+    return _can_index(x.shape)
+
+
+def can_run_bottleneck(
+    x: torch.Tensor, down_weight: torch.Tensor, *arguments: Any
+) -> tuple[bool, str]:
+    """Whether `bottleneck_forward` takes these arguments, and why not."""
+    possible, reason = _can_run_bottleneck((x,), arguments[-1])
+    if not possible:
+        return False, reason
+    from petite_fast.backends.triton import bottleneck
+
+    return bottleneck.fits_forward(len(down_weight))
+
+
+def bottleneck_forward(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """y = x + up(act(down(x))); only for what `can_run_bottleneck` accepts."""
+    from petite_fast.backends.triton import bottleneck
+
+    with torch.cuda.device(x.device):
+        return bottleneck.bottleneck(x, *arguments)
+
+
+def can_run_bottleneck_backward(
+    grad_y: torch.Tensor, x: torch.Tensor, down_weight: torch.Tensor, *arguments: Any
+) -> tuple[bool, str]:
+    """Whether `bottleneck_backward` takes these arguments, and why not."""
+    possible, reason = _can_run_bottleneck((grad_y, x), arguments[-1])
+    if not possible:
+        return False, reason
+    from petite_fast.backends.triton import bottleneck
+
+    hidden, channels = down_weight.shape
+    return bottleneck.fits_backward(channels, hidden, x.dtype, arguments[-1])
+
+
+def bottleneck_backward(
+    grad_y: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The five gradients; only for what `can_run_bottleneck_backward` accepts."""
+    from petite_fast.backends.triton import bottleneck
+
+    with torch.cuda.device(grad_y.device):
+        return bottleneck.bottleneck_backward(grad_y, *arguments)
