@@ -134,11 +134,9 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
         (64, 64, True, "bf16", "bf16", "ieee"),
         (128, 16, False, "fp16", "fp16", "ieee"),
         (64, 64, False, "fp32", "bf16", "ieee"),
-        (128, 16, True, "fp32", "fp32", "tf32"),
+        (64, 64, True, "fp32", "fp32", "tf32"),
         (64, 32, False, "fp32", "fp32", "full"),
-        (64, 32, True, "fp32", "fp32", "full"),
         (768, 96, True, "bf16", "bf16", "ieee"),
-        (768, 128, True, "fp32", "fp32", "full"),
     ],
 )
 def test_compiled(
@@ -202,6 +200,11 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ask(x, 64, torch.bfloat16) == both("")
         assert ask(x, 33) == (
             "", "64 channels with 33 hidden: the sums do not stay in the registers"
+        )  # fmt: skip
+        more = torch.empty(5, 128, device="cuda", dtype=torch.bfloat16)
+        assert ask(more, 16) == both("")
+        assert ask(more.float(), 16, torch.bfloat16) == (
+            "", "128 channels with 16 hidden: the sums do not stay in the registers"
         )  # fmt: skip
         wide = torch.empty(5, 768, device="cuda", dtype=torch.bfloat16)
         assert ask(wide, 96) == (

@@ -109,33 +109,6 @@ def test_interpreted_conv(case: Case, dtype: torch.dtype) -> None:
         assert_twice_torch(ours, theirs, exact, factor)
 
 
-@interpreter
-def test_interpreted_transposed_conv() -> None:
-    """The same two kernels; with a bias, and with an output padding of no less than the stride."""
-    from petite_fast.backends.triton import conv
-
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias, grad_y = (
-        torch.randn(size, generator=generator)
-        for size in [(2, 5, 2, 3, 2), (5, 17, 2, 3, 2), (17,), (2, 17, 7, 6, 2)]
-    )
-    x, grad_y = (v.contiguous(memory_format=torch.channels_last_3d) for v in (x, grad_y))
-    stride, padding, dilation, output_padding = (3, 1, 2), (0, 1, 1), (1, 2, 1), (2, 1, 0)
-    ours = [
-        conv.conv_grad_input(x, weight, grad_y.shape, stride, padding, dilation, bias),
-        conv.conv(grad_y, weight, None, stride, padding, dilation, x.shape[2:]),
-    ]
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        leaf = x.to(dtype).requires_grad_()
-        y = F.conv_transpose3d(
-            leaf, weight.to(dtype), bias.to(dtype), stride, padding, output_padding, 1, dilation
-        )
-        results.append([y, torch.autograd.grad(y, leaf, grad_y.to(dtype))[0]])
-    for three in zip(ours, *results, strict=True):
-        assert_twice_torch(*three)
-
-
 LOW_RANK_CASES = [
     (Case(16, 16, (7, 3, 7), (3, 3, 3), ONE, ONE), 4),
     (Case(3, 17, (5, 3, 7), (3, 2, 1), (2, 3, 1), (1, 1, 0), batch=2), 1),
@@ -178,6 +151,26 @@ def test_interpreted_low_rank_gradient(case: Case, r: int, dtype: torch.dtype) -
     for name, *three in zip(("grad_A", "grad_B", "grad_bias"), ours, theirs, exact, strict=True):
         assert three[0].dtype == torch.float32 and three[0].is_contiguous()
         assert_twice_torch(*three, factor=3, name=name)
+
+
+@interpreter
+def test_interpreted_low_rank_gradient_transposed() -> None:
+    """y = conv_transpose(A x, B): the op with x and grad_y, and A and B, exchanged."""
+    from petite_fast.backends.triton import low_rank
+
+    plain = Case(3, 18, (4, 6, 2), TWO, TWO, batch=3)
+    x, grad_y, lora_B, turned_A = draw_low_rank(plain, 4, torch.float32)
+    ours = low_rank.low_rank_gradient(x, grad_y, lora_B, turned_A, TWO, (0, 0, 0), True, True, True)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        lora_A = turned_A.t()[..., None, None, None].to(dtype).requires_grad_()
+        b = lora_B.to(dtype).requires_grad_()
+        t = F.conv3d(x.to(dtype), lora_A)
+        y = F.conv_transpose3d(t, b, None, TWO)
+        grad_A, grad_B = torch.autograd.grad(y, (lora_A, b), grad_y.to(dtype))
+        results.append((grad_B, grad_A.view(4, -1).t()))
+    for three in zip(ours[:2], *results, strict=True):
+        assert_twice_torch(*three, factor=3)
 
 
 @interpreter

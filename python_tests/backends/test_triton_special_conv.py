@@ -131,6 +131,33 @@ def test_interpreted_shuffle(case: Case, dtype: torch.dtype) -> None:
     assert_twice_torch(ours, torch_results(case, tensors)[1], exact[1])
 
 
+@interpreter
+def test_interpreted_transposed_conv() -> None:
+    """By the kernels of test_triton_conv.py; with a bias, and with an output padding of no less than the stride."""
+    from petite_fast.backends.triton import conv
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, grad_y = (
+        torch.randn(size, generator=generator)
+        for size in [(2, 5, 2, 3, 2), (5, 17, 2, 3, 2), (17,), (2, 17, 7, 6, 2)]
+    )
+    x, grad_y = (v.contiguous(memory_format=torch.channels_last_3d) for v in (x, grad_y))
+    stride, padding, dilation, output_padding = (3, 1, 2), (0, 1, 1), (1, 2, 1), (2, 1, 0)
+    ours = [
+        conv.conv_grad_input(x, weight, grad_y.shape, stride, padding, dilation, bias),
+        conv.conv(grad_y, weight, None, stride, padding, dilation, x.shape[2:]),
+    ]
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = x.to(dtype).requires_grad_()
+        y = F.conv_transpose3d(
+            leaf, weight.to(dtype), bias.to(dtype), stride, padding, output_padding, 1, dilation
+        )
+        results.append([y, torch.autograd.grad(y, leaf, grad_y.to(dtype))[0]])
+    for three in zip(ours, *results, strict=True):
+        assert_twice_torch(*three)
+
+
 @compiler
 def test_in_the_interpreter(tmp_path: Path) -> None:
     run_interpreted_tests(__file__, tmp_path)

@@ -25,7 +25,8 @@ from petite_fast.backends.triton.conv import is_plain
 PROGRAMS = 512  # of a backward pass, about; more would only write more partial sums
 MOST_HIDDEN = 128  # whose products stay in the registers in a forward pass
 # The same for the sums of a backward pass: (channels, hidden channels), rounded up to powers of
-# two; looked up in compiled kernels. Without matrix instructions half as many hidden ones.
+# two; looked up in compiled kernels. The second where x and products have 16 bits; without matrix
+# instructions half as many hidden ones.
 MOST_SUMS = ((64, 64), (128, 16))
 
 
@@ -233,8 +234,7 @@ def fits_backward(
     """Whether the sums of a program stay in registers, and why not. dtype: of the products."""
     columns, width = _padded(channels, hidden)
     plain = is_plain(dtype, dot_precision(dtype))
-    # A tile is in the registers twice where it is rounded for the products.
-    sums = MOST_SUMS[:1] if plain or x_dtype != dtype else MOST_SUMS
+    sums = MOST_SUMS[:1] if x_dtype == torch.float32 else MOST_SUMS
     if any(columns <= c and width <= (h // 2 if plain else h) for c, h in sums):
         return True, ""
     return False, f"{channels} channels with {hidden} hidden: the sums do not stay in the registers"
