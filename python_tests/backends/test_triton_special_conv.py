@@ -133,7 +133,7 @@ def test_interpreted_shuffle(case: Case, dtype: torch.dtype) -> None:
 
 @interpreter
 def test_interpreted_transposed_conv() -> None:
-    """By the kernels of test_triton_conv.py; with a bias, and with an output padding of no less than the stride."""
+    """By `conv.py`; with a bias, and with an output padding of no less than the stride."""
     from petite_fast.backends.triton import conv
 
     generator = torch.Generator().manual_seed(0)
