@@ -18,6 +18,24 @@ compiler = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not comp
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+if INTERPRETED:
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    original_dot = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        """As a GPU does it; the interpreter multiplies the bits of bfloat16 as integers."""
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (
+                TensorHandle((side.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+                for side in (a, b)
+            )
+        return original_dot(self, a, b, *args)
+
+    InterpreterBuilder.create_dot = create_dot
+
 
 def run_python(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter, away from the checkout: it sees the package that is installed."""
@@ -81,3 +99,18 @@ def registers(kernel: Any, folder: Path) -> int:
     ).stdout
     assert re.search(r"STACK:0 .*LOCAL:0 ", usage), usage
     return int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+
+
+MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program can have
+
+
+def check_compiled(kernel: Any, capability: int, precision: str, folder: Path) -> None:
+    """Matrix instructions unless in full float32, nothing spilled, shared memory that exists."""
+    ptx = kernel.asm["ptx"]
+    assert f".target sm_{capability}" in ptx
+    assert (MATRIX[capability] in ptx) == (precision != "full")
+    assert any(name in ptx for name in MATRIX.values()) == (precision != "full")
+    assert kernel.metadata.shared <= SHARED[capability]
+    assert capability < 100 or kernel.metadata.tmem_size <= 512  # columns of tensor memory
+    assert registers(kernel, folder) <= 255

@@ -24,6 +24,7 @@ from petite_fast.backends import (
     native_stem,
     triton,
 )
+from petite_fast.backends.triton import special_conv
 
 Predicate = Callable[..., tuple[bool, str]]
 
@@ -33,12 +34,24 @@ logger = logging.getLogger("petite_fast")
 # takes the function's own arguments. Eager is last, takes everything, and has no predicate.
 _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
     "conv": [
+        ("triton", special_conv.can_run_shuffle, special_conv.shuffle),
+        ("triton", special_conv.can_run_few_channels, special_conv.few_channels),
         ("triton", triton.can_run_conv, triton.conv_forward),
         ("native", native_depthwise.can_run_conv, native_depthwise.conv),
         ("native", native_shuffle.can_run_conv, native_shuffle.conv),
         ("native", native_stem.can_run_conv, native_stem.conv),
     ],
     "conv_grad_input": [
+        (
+            "triton",
+            special_conv.can_run_shuffle_grad_input,
+            special_conv.shuffle_grad_input,
+        ),
+        (
+            "triton",
+            special_conv.can_run_few_channels_grad_input,
+            special_conv.few_channels_grad_input,
+        ),
         ("triton", triton.can_run_conv_grad_input, triton.conv_grad_input),
         ("native", native_depthwise.can_run_conv_grad_input, native_depthwise.conv_grad_input),
         ("native", native_shuffle.can_run_conv_grad_input, native_shuffle.conv_grad_input),
@@ -48,6 +61,12 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
         ("native", native_depthwise.can_run_conv_grad_weight, native_depthwise.conv_grad_weight),
         ("native", native_shuffle.can_run_conv_grad_weight, native_shuffle.conv_grad_weight),
         ("native", native_stem.can_run_conv_grad_weight, native_stem.conv_grad_weight),
+    ],
+    "bottleneck": [
+        ("triton", triton.can_run_bottleneck, triton.bottleneck_forward),
+    ],
+    "bottleneck_backward": [
+        ("triton", triton.can_run_bottleneck_backward, triton.bottleneck_backward),
     ],
     "effective_weight": [
         ("native", native.can_run_effective_weight, native.effective_weight),

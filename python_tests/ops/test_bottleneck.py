@@ -125,6 +125,18 @@ def test_compile_fullgraph(name: str, layout: str, autocast: bool) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["tokens", "volume", "empty"])
+def test_opcheck(name: str) -> None:
+    channel_dim, shape = SHAPES[name]
+    x, *weights = tensors(shape, torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        form = ("gelu", channel_dim == 1, dtype)
+        torch.library.opcheck(torch.ops.petite_fast.bottleneck, (x, *weights, *form))
+        for grad_y in (torch.randn_like(x), torch.ones(()).expand(shape)):
+            arguments = (grad_y, x, *weights[:3], *form)
+            torch.library.opcheck(torch.ops.petite_fast.bottleneck_backward, arguments)
+
+
 def test_refusals() -> None:
     x, *weights = tensors((2, C, 3, 4, 5), torch.float32)
     with pytest.raises(ValueError, match="channel_dim: got 2, wanted 1 or -1"):

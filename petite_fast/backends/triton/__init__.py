@@ -128,6 +128,13 @@ def _wins(op: str, *args: Any) -> tuple[bool, str]:
     return entry.triton_wins, "" if entry.triton_wins else entry.text
 
 
+def _can_run_unmeasured(tensor: torch.Tensor) -> tuple[bool, str]:
+    """For kernels that `tune` does not measure: only where they are asked for."""
+    if tensor.device.type == "cuda" and settings.backend() != "triton":
+        return False, "not measured against cuDNN; PETITE_FAST_BACKEND=triton takes it"
+    return _can_run(tensor.device, tensor.numel())
+
+
 def _can_run_conv(
     tensor: torch.Tensor, weight: torch.Tensor, numbers: tuple[Any, ...]
 ) -> tuple[bool, str]:
@@ -136,8 +143,6 @@ def _can_run_conv(
     if not possible:
         return False, reason
     g = ConvGeometry.of_op(*numbers)
-    if g.transposed:
-        return False, "no kernel for transposed convolutions"
     if g.groups != 1:
         return False, f"no kernel for {g.groups} groups"
     if tensor.dtype not in CONV_DTYPES or weight.dtype != tensor.dtype:
@@ -158,6 +163,12 @@ def _can_index(*sizes: Sequence[int]) -> tuple[bool, str]:
     return True, ""
 
 
+def _conv_size(x: torch.Tensor, weight: torch.Tensor, g: ConvGeometry) -> list[int]:
+    """Of y, for one group."""
+    channels = weight.shape[1] if g.transposed else len(weight)
+    return [len(x), channels, *g.output_size(x.shape[2:], weight.shape[2:])]
+
+
 def can_run_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -168,8 +179,8 @@ def can_run_conv(
     possible, reason = _can_run_conv(x, weight, numbers)
     if not possible:
         return False, reason
-    spatial = ConvGeometry.of_op(*numbers).output_size(x.shape[2:], weight.shape[2:])
-    possible, reason = _can_index(x.shape, [len(x), len(weight), *spatial])
+    size = _conv_size(x, weight, ConvGeometry.of_op(*numbers))
+    possible, reason = _can_index(x.shape, size)
     return _wins("conv", x, weight, bias, *numbers) if possible else (False, reason)
 
 
@@ -185,8 +196,13 @@ def conv_forward(
 
     if config is None:
         config = _config("conv", (x, weight, bias, *numbers))
+    g = ConvGeometry.of_op(*numbers)
+    geometry = g.stride, g.padding, g.dilation
     with torch.cuda.device(x.device):
-        return conv.conv(x, weight, bias, *numbers[:3], config=config)
+        size = _conv_size(x, weight, g)
+        if g.transposed:
+            return conv.conv_grad_input(x, weight, size, *geometry, bias, config=config)
+        return conv.conv(x, weight, bias, *geometry, size[2:], config=config)
 
 
 def can_run_conv_grad_input(
@@ -216,8 +232,12 @@ def conv_grad_input(
 
     if config is None:
         config = _config("conv_grad_input", (grad_y, weight, input_size, *numbers))
+    g = ConvGeometry.of_op(*numbers)
+    geometry = g.stride, g.padding, g.dilation
     with torch.cuda.device(grad_y.device):
-        return conv.conv_grad_input(grad_y, weight, input_size, *numbers[:3], config=config)
+        if g.transposed:
+            return conv.conv(grad_y, weight, None, *geometry, input_size[2:], config=config)
+        return conv.conv_grad_input(grad_y, weight, input_size, *geometry, config=config)
 
 
 def can_run_low_rank_gradient(
@@ -264,6 +284,66 @@ def low_rank_gradient(
         config = _config("low_rank_gradient", (grad_y, x, t, *arguments))
     with torch.cuda.device(x.device):
         return low_rank.low_rank_gradient(grad_y, x, *arguments, config=config)
+
+
+def _can_run_bottleneck(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[bool, str]:
+    """`tensors`: x, and grad_y before it in a backward pass."""
+    possible, reason = _can_run_unmeasured(tensors[0])
+    if not possible:
+        return False, reason
+    x = tensors[-1]
+    known = x.dtype in CONV_DTYPES and dtype in CONV_DTYPES
+    if not known or torch.promote_types(x.dtype, dtype) != x.dtype:
+        return False, f"no kernel for x of {x.dtype} with products in {dtype}"
+    for tensor in tensors:
+        if tensor.dtype != x.dtype:
+            return False, f"no kernel for x of {x.dtype} with grad_y of {tensor.dtype}"
+        if not tensor.is_contiguous():
+            return False, "the kernel wants contiguous tensors"
+    return _can_index(x.shape)
+
+
+def can_run_bottleneck(
+    x: torch.Tensor, down_weight: torch.Tensor, *arguments: Any
+) -> tuple[bool, str]:
+    """Whether `bottleneck_forward` takes these arguments, and why not."""
+    possible, reason = _can_run_bottleneck((x,), arguments[-1])
+    if not possible:
+        return False, reason
+    from petite_fast.backends.triton import bottleneck
+
+    return bottleneck.fits_forward(len(down_weight))
+
+
+def bottleneck_forward(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """y = x + up(act(down(x))); only for what `can_run_bottleneck` accepts."""
+    from petite_fast.backends.triton import bottleneck
+
+    with torch.cuda.device(x.device):
+        return bottleneck.bottleneck(x, *arguments)
+
+
+def can_run_bottleneck_backward(
+    grad_y: torch.Tensor, x: torch.Tensor, down_weight: torch.Tensor, *arguments: Any
+) -> tuple[bool, str]:
+    """Whether `bottleneck_backward` takes these arguments, and why not."""
+    possible, reason = _can_run_bottleneck((grad_y, x), arguments[-1])
+    if not possible:
+        return False, reason
+    from petite_fast.backends.triton import bottleneck
+
+    hidden, channels = down_weight.shape
+    return bottleneck.fits_backward(channels, hidden, x.dtype, arguments[-1])
+
+
+def bottleneck_backward(
+    grad_y: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The five gradients; only for what `can_run_bottleneck_backward` accepts."""
+    from petite_fast.backends.triton import bottleneck
+
+    with torch.cuda.device(grad_y.device):
+        return bottleneck.bottleneck_backward(grad_y, *arguments)
 
 
 _FUNCTIONS: dict[str, Any] = {

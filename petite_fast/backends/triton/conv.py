@@ -54,6 +54,53 @@ def _axis_taps(
 
 
 @triton.jit
+def locate(
+    row,
+    parity,
+    RD,
+    RH,
+    RW,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    STEP: tl.constexpr,
+    INVERSE: tl.constexpr,
+    ADJOINT: tl.constexpr,
+):
+    """Sample, output voxel, input voxel of the first tap; first and number of taps per axis."""
+    rw = row % RW
+    rh = row // RW % RH
+    rd = row // (RW * RH) % RD
+    n = row // (RW * RH * RD)
+    parity_w = parity % STRIDE[2]
+    parity_h = parity // STRIDE[2] % STRIDE[1]
+    parity_d = parity // (STRIDE[2] * STRIDE[1])
+    first_d, count_d, offset_d = _axis_taps(
+        parity_d, KERNEL[0], STRIDE[0], PADDING[0], DILATION[0], STEP[0], INVERSE[0], ADJOINT
+    )
+    first_h, count_h, offset_h = _axis_taps(
+        parity_h, KERNEL[1], STRIDE[1], PADDING[1], DILATION[1], STEP[1], INVERSE[1], ADJOINT
+    )
+    first_w, count_w, offset_w = _axis_taps(
+        parity_w, KERNEL[2], STRIDE[2], PADDING[2], DILATION[2], STEP[2], INVERSE[2], ADJOINT
+    )
+    first = (first_d, first_h, first_w)
+    count = (count_d, count_h, count_w)
+    if ADJOINT:
+        out = (
+            rd * STRIDE[0] + parity_d,
+            rh * STRIDE[1] + parity_h,
+            rw * STRIDE[2] + parity_w,
+        )
+        read = (rd + offset_d, rh + offset_h, rw + offset_w)
+    else:
+        out = (rd, rh, rw)
+        read = (rd * STRIDE[0] + offset_d, rh * STRIDE[1] + offset_h, rw * STRIDE[2] + offset_w)
+    return n, out, read, first, count
+
+
+@triton.jit
 def conv_kernel(
     x,
     weight,
@@ -93,38 +140,12 @@ def conv_kernel(
     column = program % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
     program = program // column_blocks
     parities: tl.constexpr = STRIDE[0] * STRIDE[1] * STRIDE[2] if ADJOINT else 1
-    parity_w = program % parities % STRIDE[2]
-    parity_h = program % parities // STRIDE[2] % STRIDE[1]
-    parity_d = program % parities // (STRIDE[2] * STRIDE[1])
     row = program // parities * ROWS + tl.arange(0, ROWS)
-    rw = row % RW
-    rh = row // RW % RH
-    rd = row // (RW * RH) % RD
-    n = row // (RW * RH * RD)
-
-    first_d, count_d, offset_d = _axis_taps(
-        parity_d, KERNEL[0], STRIDE[0], PADDING[0], DILATION[0], STEP[0], INVERSE[0], ADJOINT
-    )
-    first_h, count_h, offset_h = _axis_taps(
-        parity_h, KERNEL[1], STRIDE[1], PADDING[1], DILATION[1], STEP[1], INVERSE[1], ADJOINT
-    )
-    first_w, count_w, offset_w = _axis_taps(
-        parity_w, KERNEL[2], STRIDE[2], PADDING[2], DILATION[2], STEP[2], INVERSE[2], ADJOINT
-    )
-    if ADJOINT:
-        out_d = rd * STRIDE[0] + parity_d
-        out_h = rh * STRIDE[1] + parity_h
-        out_w = rw * STRIDE[2] + parity_w
-        in_d = rd + offset_d
-        in_h = rh + offset_h
-        in_w = rw + offset_w
-    else:
-        out_d = rd
-        out_h = rh
-        out_w = rw
-        in_d = rd * STRIDE[0] + offset_d
-        in_h = rh * STRIDE[1] + offset_h
-        in_w = rw * STRIDE[2] + offset_w
+    n, (out_d, out_h, out_w), (in_d, in_h, in_w), (first_d, first_h, first_w), count = locate(
+        row, program % parities, RD, RH, RW, KERNEL, STRIDE, PADDING, DILATION, STEP, INVERSE,
+        ADJOINT,
+    )  # fmt: skip
+    count_d, count_h, count_w = count
     # Input voxels from one tap to the next; what stride and dilation share divides both.
     move_d: tl.constexpr = -(DILATION[0] * STEP[0] // STRIDE[0]) if ADJOINT else DILATION[0]
     move_h: tl.constexpr = -(DILATION[1] * STEP[1] // STRIDE[1]) if ADJOINT else DILATION[1]
@@ -192,6 +213,18 @@ def inner_block(length: int, dtype: torch.dtype) -> int:
     return block if 3 * block * math.ceil(length / block) <= 4 * length else 16
 
 
+def adjoint_steps(
+    stride: Sequence[int], dilation: Sequence[int], adjoint: bool
+) -> tuple[list[int], list[int]]:
+    """Per axis: from one tap of a parity to the next, and the inverse that finds the first."""
+    if not adjoint:
+        return [1, 1, 1], [0, 0, 0]
+    shared = [math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
+    step = [s // g for s, g in zip(stride, shared, strict=True)]
+    inverse = [pow(d // g, -1, n) for d, g, n in zip(dilation, shared, step, strict=True)]
+    return step, inverse
+
+
 def constants(
     channels: int,
     outputs: int,
@@ -204,11 +237,7 @@ def constants(
     precision: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The compile-time arguments of `conv_kernel`, and how it is compiled."""
-    step, inverse = [1, 1, 1], [0, 0, 0]
-    if adjoint:
-        shared = [math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
-        step = [s // g for s, g in zip(stride, shared, strict=True)]
-        inverse = [pow(d // g, -1, n) for d, g, n in zip(dilation, shared, step, strict=True)]
+    step, inverse = adjoint_steps(stride, dilation, adjoint)
     plain = is_plain(dtype, precision)
     # Where channels do not come in sixteen bytes, each value has an address in a register.
     single = channels * dtype.itemsize % 16 != 0 or outputs % 16 != 0
@@ -269,16 +298,11 @@ def conv(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    spatial: Sequence[int],
     *,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """y = conv(x, weight, bias), one group; x and y channels_last_3d."""
-    spatial = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(
-            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
-    ]
+    """y = conv(x, weight, bias) of size `spatial`, one group; x and y channels_last_3d."""
     packed = weight.permute(2, 3, 4, 1, 0).contiguous()
     return _run(x, packed, bias, spatial, (stride, padding, dilation), False, config or {})
 
@@ -290,11 +314,12 @@ def conv_grad_input(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    bias: torch.Tensor | None = None,
     *,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """grad_x of `conv`; grad_y and grad_x channels_last_3d."""
+    """grad_x of `conv`, plus a bias: a transposed convolution. All volumes channels_last_3d."""
     packed = weight.permute(2, 3, 4, 0, 1).contiguous()
     return _run(
-        grad_y, packed, None, input_size[2:], (stride, padding, dilation), True, config or {}
+        grad_y, packed, bias, input_size[2:], (stride, padding, dilation), True, config or {}
     )
