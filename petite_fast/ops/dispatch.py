@@ -62,19 +62,15 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
         ("native", native_shuffle.can_run_conv_grad_weight, native_shuffle.conv_grad_weight),
         ("native", native_stem.can_run_conv_grad_weight, native_stem.conv_grad_weight),
     ],
-    "bottleneck": [
-        ("triton", triton.can_run_bottleneck, triton.bottleneck_forward),
-    ],
-    "bottleneck_backward": [
-        ("triton", triton.can_run_bottleneck_backward, triton.bottleneck_backward),
-    ],
     "effective_weight": [
         ("native", native.can_run_effective_weight, native.effective_weight),
     ],
     "bottleneck": [
+        ("triton", triton.can_run_bottleneck, triton.bottleneck_forward),
         ("native", native_bottleneck.can_run_bottleneck, native_bottleneck.bottleneck),
     ],
     "bottleneck_backward": [
+        ("triton", triton.can_run_bottleneck_backward, triton.bottleneck_backward),
         (
             "native",
             native_bottleneck.can_run_bottleneck_backward,
