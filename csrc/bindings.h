@@ -44,7 +44,7 @@ inline void check_operand(const char* name, const Operand& operand, int64_t elem
 // bindings_low_rank.cpp
 void bind_low_rank(py::module_& m);
 // bindings_depthwise.cpp
-void bind_depthwise(py::module_& m);
+void bind_depthwise(py::module_& m, py::module_& testing);
 
 // bindings_norm_act.cpp
 void bind_norm_act(py::module_& m);
