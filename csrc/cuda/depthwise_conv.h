@@ -86,55 +86,93 @@ template <typename T, int S>
 PF_HOST_DEVICE void store_conv(const DepthwiseCudaParams& p, const ConvThread<T, S>& t, int plane,
                                const Pair (&sum)[ConvTile<T, S>::kRun]) {
   T* to = static_cast<T*>(p.target) + t.target + static_cast<int64_t>(plane) * p.small_plane;
-  const bool pairs = p.shape.channels % 2 == 0;
-  PF_UNROLL
-  for (int r = 0; r < ConvTile<T, S>::kRun; ++r) {
-    if (r >= t.run) return;
-    if (pairs) {
-      store_pair(to, sum[r]);
-    } else {
-      store_channels(to, sum[r], t.pair + 1 < t.channels_left);
+  const bool both = t.pair + 1 < t.channels_left;
+  if (p.shape.channels % 2 == 0) {
+    PF_UNROLL
+    for (int r = 0; r < ConvTile<T, S>::kRun; ++r, to += p.shape.channels) {
+      if (r < t.run) store_pair(to, sum[r]);
     }
-    to += p.shape.channels;
+  } else {
+    PF_UNROLL
+    for (int r = 0; r < ConvTile<T, S>::kRun; ++r, to += p.shape.channels) {
+      if (r < t.run) store_channels(to, sum[r], both);
+    }
   }
+}
+
+// Where the sums of the target plane are that tap `kd` of a step leads to, and whether to one.
+template <typename T, int S>
+PF_HOST_DEVICE constexpr int live_place(int phase, int kd) {
+  return (phase - kd + ConvTile<T, S>::kPeriod) / S % ConvTile<T, S>::kLive;
+}
+
+template <int S>
+PF_HOST_DEVICE constexpr bool reaches(int phase, int kd) {
+  return (phase - kd + kDepthwiseSide * S) % S == 0;
+}
+
+// Adds the sources `x` of row `kh` by the plane `kd` of taps.
+template <typename T, int S>
+PF_HOST_DEVICE void add_row(const Pair (&x)[ConvTile<T, S>::kSpan], const float* staged, int pair,
+                            int kd, int kh, Pair (&sum)[ConvTile<T, S>::kRun]) {
+  PF_UNROLL
+  for (int kw = 0; kw < kDepthwiseSide; ++kw) {
+    const Pair weight =
+        staged_weight(staged, pair, (kd * kDepthwiseSide + kh) * kDepthwiseSide + kw);
+    PF_UNROLL
+    for (int r = 0; r < ConvTile<T, S>::kRun; ++r) add_product(sum[r], weight, x[r * S + kw]);
+  }
+}
+
+template <typename T, int S>
+PF_HOST_DEVICE void load_row(const ConvThread<T, S>& t, const T* slot, int kh,
+                             Pair (&x)[ConvTile<T, S>::kSpan]) {
+  const T* row = slot + t.corner + kh * ConvTile<T, S>::Source::kCols * kTileChannels;
+  PF_UNROLL
+  for (int j = 0; j < ConvTile<T, S>::kSpan; ++j) x[j] = load_pair(row + j * kTileChannels);
+}
+
+template <typename T, int S>
+PF_HOST_DEVICE void start_sums(ConvThread<T, S>& t, int phase, const float* staged) {
+  const Pair bias = staged_bias(staged, t.pair);
+  PF_UNROLL
+  for (int r = 0; r < ConvTile<T, S>::kRun; ++r) t.sum[live_place<T, S>(phase, 0)][r] = bias;
 }
 
 // Adds the source plane of `step`; `phase` is step % kPeriod, known to the compiler.
 template <typename T, int S>
 PF_HOST_DEVICE void add_conv(const DepthwiseCudaParams& p, ConvThread<T, S>& t, int step, int phase,
                              const float* staged, const T* slot) {
-  using Tile = ConvTile<T, S>;
-  const auto live = [phase](int kd) { return (phase - kd + Tile::kPeriod) / S % Tile::kLive; };
-  const auto reaches = [phase](int kd) { return (phase - kd + Tile::kPeriod) % S == 0; };
-  if (reaches(0)) {
-    const Pair bias = staged_bias(staged, t.pair);
-    PF_UNROLL
-    for (int r = 0; r < Tile::kRun; ++r) t.sum[live(0)][r] = bias;
-  }
-  if (inside(t.source, step)) {
+  constexpr int kLast = kDepthwiseSide - 1;
+  Pair x[ConvTile<T, S>::kSpan];
+  if (inside(t.source, step) && step >= kLast && step < t.planes * S) {
+    // All taps lead to target planes of the block: no branch in between.
+    if (reaches<S>(phase, 0)) start_sums(t, phase, staged);
     PF_UNROLL
     for (int kh = 0; kh < kDepthwiseSide; ++kh) {
-      const T* row = slot + t.corner + kh * Tile::Source::kCols * kTileChannels;
-      Pair x[Tile::kSpan];
-      PF_UNROLL
-      for (int j = 0; j < Tile::kSpan; ++j) x[j] = load_pair(row + j * kTileChannels);
+      load_row(t, slot, kh, x);
       PF_UNROLL
       for (int kd = 0; kd < kDepthwiseSide; ++kd) {
-        if (!reaches(kd) || step < kd || (step - kd) / S >= t.planes) continue;
-        PF_UNROLL
-        for (int kw = 0; kw < kDepthwiseSide; ++kw) {
-          const int tap = (kd * kDepthwiseSide + kh) * kDepthwiseSide + kw;
-          const Pair weight = staged_weight(staged, t.pair, tap);
-          PF_UNROLL
-          for (int r = 0; r < Tile::kRun; ++r) {
-            add_product(t.sum[live(kd)][r], weight, x[r * S + kw]);
-          }
-        }
+        if (!reaches<S>(phase, kd)) continue;
+        add_row<T, S>(x, staged, t.pair, kd, kh, t.sum[live_place<T, S>(phase, kd)]);
+      }
+    }
+  } else {
+    if (reaches<S>(phase, 0)) start_sums(t, phase, staged);
+    const int rows = inside(t.source, step) ? kDepthwiseSide : 0;
+    PF_UNROLL_BY(1)
+    for (int kh = 0; kh < rows; ++kh) {
+      load_row(t, slot, kh, x);
+      PF_UNROLL
+      for (int kd = 0; kd < kDepthwiseSide; ++kd) {
+        if (!reaches<S>(phase, kd) || step < kd || (step - kd) / S >= t.planes) continue;
+        add_row<T, S>(x, staged, t.pair, kd, kh, t.sum[live_place<T, S>(phase, kd)]);
       }
     }
   }
-  constexpr int kLast = kDepthwiseSide - 1;
-  if (reaches(kLast) && step >= kLast) store_conv(p, t, (step - kLast) / S, t.sum[live(kLast)]);
+  if (reaches<S>(phase, kLast) && step >= kLast) {
+    store_conv(p, t, (step - kLast) / S, t.sum[live_place<T, S>(phase, kLast)]);
+  }
 }
 
 }  // namespace petite_fast

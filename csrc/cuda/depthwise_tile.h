@@ -139,6 +139,8 @@ struct Window {
   static constexpr int kCopies = (kVectors + kThreads - 1) / kThreads;
   static constexpr int kElements = kVectors * kVector;
 
+  static_assert(kThreads % kPerVoxel == 0, "a thread copies the same channels of all its voxels");
+
   int32_t offset[kCopies];  // in the plane; -1: outside
 };
 
@@ -169,20 +171,25 @@ template <typename T, int kRows, int kUsed, int kThreads>
 PF_HOST_DEVICE void fetch(const Window<T, kRows, kUsed, kThreads>& window, const T* plane,
                           bool plane_inside, bool aligned, int channels_left, int thread, T* to) {
   using W = Window<T, kRows, kUsed, kThreads>;
+  to += thread * W::kVector;
+  if (aligned) {
+    PF_UNROLL
+    for (int i = 0; i < W::kCopies; ++i) {
+      // Only the last copy is not for all threads.
+      if ((i + 1) * kThreads > W::kVectors && thread + i * kThreads >= W::kVectors) return;
+      const bool inside = plane_inside && window.offset[i] >= 0;
+      copy_vector(to + i * kThreads * W::kVector, plane + (inside ? window.offset[i] : 0), inside);
+    }
+    return;
+  }
+  const int channels = channels_left - thread % W::kPerVoxel * W::kVector;
   PF_UNROLL
   for (int i = 0; i < W::kCopies; ++i) {
-    const int vector = thread + i * kThreads;
-    if (vector >= W::kVectors) return;
-    const bool inside = plane_inside && window.offset[i] >= 0;
-    const T* from = plane + (inside ? window.offset[i] : 0);
-    if (aligned) {
-      copy_vector(to + vector * W::kVector, from, inside);
-      continue;
-    }
-    const int left = inside ? channels_left - vector % W::kPerVoxel * W::kVector : 0;
+    if ((i + 1) * kThreads > W::kVectors && thread + i * kThreads >= W::kVectors) return;
+    const int left = plane_inside && window.offset[i] >= 0 ? channels : 0;
     PF_UNROLL_BY(1)
     for (int e = 0; e < W::kVector; ++e) {
-      to[vector * W::kVector + e] = e < left ? from[e] : T{};
+      to[i * kThreads * W::kVector + e] = e < left ? plane[window.offset[i] + e] : T{};
     }
   }
 }

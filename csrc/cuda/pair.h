@@ -85,8 +85,11 @@ PF_HOST_DEVICE void store_pair(T* at, Pair value) {
 // The same where pairs are not aligned, or only the first channel is there.
 template <typename T>
 PF_HOST_DEVICE void store_channels(T* at, Pair value, bool both) {
-  at[0] = round_from<T>(value.first);
-  if (both) at[1] = round_from<T>(value.second);
+  const PairBits<T> bits = round_pair<T>(value);
+  T channels[2];
+  memcpy(channels, &bits, sizeof(bits));
+  at[0] = channels[0];
+  if (both) at[1] = channels[1];
 }
 
 PF_HOST_DEVICE void add_product(Pair& sum, Pair a, Pair b) {
