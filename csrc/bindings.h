@@ -47,7 +47,7 @@ void bind_bottleneck(py::module_& m);
 // bindings_low_rank.cpp
 void bind_low_rank(py::module_& m);
 // bindings_depthwise.cpp
-void bind_depthwise(py::module_& m);
+void bind_depthwise(py::module_& m, py::module_& testing);
 
 // bindings_norm_act.cpp
 void bind_norm_act(py::module_& m);

@@ -3,7 +3,9 @@
 
 #include <string>
 
+#include "common/depthwise.h"
 #include "common/effective_weight.h"
+#include "cuda/depthwise_grad_weight.h"
 
 namespace petite_fast {
 namespace cuda {
@@ -15,9 +17,11 @@ std::string toolkit_version();
 // when they can.
 std::string why_not(int device);
 
-// Enqueues on `stream` (a cudaStream_t) of `device`; does not wait. Throws std::runtime_error with
-// CUDA's own words when the launch is refused.
+// Each enqueues on `stream` (a cudaStream_t) of `device`; does not wait. Throws std::runtime_error
+// with CUDA's own words when the launch is refused.
 void launch_effective_weight(const EffectiveWeightParams& p, int device, void* stream);
+void launch_depthwise(const DepthwiseParams& p, int device, void* stream);
+void launch_depthwise_grad_weight(const DepthwiseGradWeightCudaParams& p, int device, void* stream);
 
 }  // namespace cuda
 }  // namespace petite_fast

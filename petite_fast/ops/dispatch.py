@@ -12,6 +12,7 @@ import torch
 
 from petite_fast import settings
 from petite_fast.backends import (
+    cuda_depthwise,
     eager,
     native,
     native_bottleneck,
@@ -37,6 +38,7 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
         ("triton", special_conv.can_run_shuffle, special_conv.shuffle),
         ("triton", special_conv.can_run_few_channels, special_conv.few_channels),
         ("triton", triton.can_run_conv, triton.conv_forward),
+        ("native", cuda_depthwise.can_run_conv, cuda_depthwise.conv),
         ("native", native_depthwise.can_run_conv, native_depthwise.conv),
         ("native", native_shuffle.can_run_conv, native_shuffle.conv),
         ("native", native_stem.can_run_conv, native_stem.conv),
@@ -53,11 +55,13 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
             special_conv.few_channels_grad_input,
         ),
         ("triton", triton.can_run_conv_grad_input, triton.conv_grad_input),
+        ("native", cuda_depthwise.can_run_conv_grad_input, cuda_depthwise.conv_grad_input),
         ("native", native_depthwise.can_run_conv_grad_input, native_depthwise.conv_grad_input),
         ("native", native_shuffle.can_run_conv_grad_input, native_shuffle.conv_grad_input),
         ("native", native_stem.can_run_conv_grad_input, native_stem.conv_grad_input),
     ],
     "conv_grad_weight": [
+        ("native", cuda_depthwise.can_run_conv_grad_weight, cuda_depthwise.conv_grad_weight),
         ("native", native_depthwise.can_run_conv_grad_weight, native_depthwise.conv_grad_weight),
         ("native", native_shuffle.can_run_conv_grad_weight, native_shuffle.conv_grad_weight),
         ("native", native_stem.can_run_conv_grad_weight, native_stem.conv_grad_weight),

@@ -40,6 +40,26 @@ def test_cuda_compiles_for_every_architecture_without_spills(source, tmp_path):
         assert f"'sm_{arch}'" in text
     stores = re.findall(r"(\d+) bytes spill stores", text)
     assert stores and set(stores) == {"0"}, text
+    if source == "depthwise.cu":
+        check_copies(tmp_path / "object.o", len(archs))
+
+
+def check_copies(target: Path, archs: int) -> None:
+    """The depthwise kernels copy to shared memory by 16 bytes, past the registers."""
+    nvidia = pytest.importorskip("triton.backends.nvidia")
+    code = run(Path(nvidia.__file__).parent / "bin" / "cuobjdump", "-sass", target)
+    kernels = dict.fromkeys(("conv_kernel", "adjoint_kernel", "grad_weight_kernel"), 0)
+    for function in code.split("Function : ")[1:]:
+        name = next((name for name in kernels if name in function.split("\n", 1)[0]), None)
+        if name is None:
+            continue
+        kernels[name] += 1
+        widths = re.findall(r"LDGSTS\S*?(\.\d+)? \[", function)
+        assert widths and set(widths) == {".128"}, name
+        assert not re.search(r"\b(LDL|STL)\b", function), name
+    assert kernels == {
+        "conv_kernel": 6 * archs, "adjoint_kernel": 3 * archs, "grad_weight_kernel": 6 * archs
+    }  # fmt: skip
 
 
 @pytest.mark.slow
