@@ -307,7 +307,7 @@ PYBIND11_MODULE(_native, m) {
   petite_fast::bind_dropout(m);
   petite_fast::bind_low_rank(m);
   petite_fast::bind_depthwise(m);
-  petite_fast::bind_norm_act(m);
+  petite_fast::bind_norm_act(m, testing);
   petite_fast::bind_shuffle(m);
   petite_fast::bind_stem(m);
   petite_fast::bind_testing(testing);

@@ -4,6 +4,8 @@
 #include <string>
 
 #include "common/effective_weight.h"
+#include "common/norm_act_backward.h"
+#include "common/norm_act_forward.h"
 
 namespace petite_fast {
 namespace cuda {
@@ -18,6 +20,10 @@ std::string why_not(int device);
 // Enqueues on `stream` (a cudaStream_t) of `device`; does not wait. Throws std::runtime_error with
 // CUDA's own words when the launch is refused.
 void launch_effective_weight(const EffectiveWeightParams& p, int device, void* stream);
+void launch_norm_act(const NormActForward& p, int device, void* stream);
+void launch_norm_act_backward(const NormActBackward& p, int device, void* stream);
+void launch_pack_signs(const SignRows& p, int device, void* stream);
+void launch_unpack_signs(const SignRows& p, int device, void* stream);
 
 }  // namespace cuda
 }  // namespace petite_fast
