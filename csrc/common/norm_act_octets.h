@@ -145,7 +145,34 @@ __device__ __forceinline__ void copy_whole(const void* source, void* target) {
     static_cast<uint4*>(target)[i] = static_cast<const uint4*>(source)[i];
   }
 }
+
+// In PTX: left to itself the compiler splits the store of 16-bit lanes into words.
+template <typename T>
+__device__ __forceinline__ void store_whole(const Octet<T>& octet, void* target) {
+  uint32_t word[sizeof(Octet<T>) / 4];
+  PF_UNROLL
+  for (int i = 0; i < static_cast<int>(sizeof(Octet<T>) / 4); ++i) {
+    if constexpr (sizeof(T) == 4) {
+      word[i] = bit_cast<uint32_t>(octet.lane[i]);
+    } else {
+      const uint32_t high = octet.lane[2 * i + 1].bits;
+      word[i] = octet.lane[2 * i].bits | high << 16;
+    }
+  }
+  PF_UNROLL
+  for (int i = 0; i < static_cast<int>(sizeof(Octet<T>) / 16); ++i) {
+    const size_t address = __cvta_generic_to_global(static_cast<uint4*>(target) + i);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(word[4 * i]),
+                 "r"(word[4 * i + 1]), "r"(word[4 * i + 2]), "r"(word[4 * i + 3])
+                 : "memory");
+  }
+}
 #else
+template <typename T>
+static inline void store_whole(const Octet<T>& octet, void* target) {
+  memcpy(target, &octet, sizeof(octet));
+}
+
 template <typename T>
 static inline void copy_whole(const void* source, void* target) {
   memcpy(target, source, sizeof(Octet<T>));
@@ -175,7 +202,7 @@ PF_HOST_DEVICE void store_octet(const float* values, void* data, int64_t element
   PF_UNROLL
   for (int i = 0; i < kOctet; ++i) octet.lane[i] = round_from<T>(values[i]);
   if constexpr (kWhole) {
-    copy_whole<T>(&octet, target);
+    store_whole(octet, target);
   } else {
     PF_UNROLL
     for (int i = 0; i < kOctet; ++i) {
