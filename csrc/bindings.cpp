@@ -308,7 +308,7 @@ PYBIND11_MODULE(_native, m) {
   petite_fast::bind_bottleneck(m);
   petite_fast::bind_low_rank(m);
   petite_fast::bind_depthwise(m, testing);
-  petite_fast::bind_norm_act(m);
+  petite_fast::bind_norm_act(m, testing);
   petite_fast::bind_shuffle(m);
   petite_fast::bind_stem(m);
   petite_fast::bind_testing(testing);

@@ -50,7 +50,7 @@ void bind_low_rank(py::module_& m);
 void bind_depthwise(py::module_& m, py::module_& testing);
 
 // bindings_norm_act.cpp
-void bind_norm_act(py::module_& m);
+void bind_norm_act(py::module_& m, py::module_& testing);
 
 // bindings_shuffle.cpp
 void bind_shuffle(py::module_& m);

@@ -9,3 +9,12 @@
 #else
 #define PF_HOST_DEVICE static inline
 #endif
+
+// Before a loop over an array that must stay in registers on the device.
+#if defined(__CUDA_ARCH__)
+#define PF_UNROLL _Pragma("unroll")
+#define PF_KEEP_LOOP _Pragma("unroll 1")  // copies of a long body would only cost registers
+#else
+#define PF_UNROLL
+#define PF_KEEP_LOOP
+#endif

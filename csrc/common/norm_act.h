@@ -8,6 +8,8 @@
 // accumulated in double.
 #pragma once
 
+#include <math.h>
+
 #include <cstdint>
 
 #include "common/dtype.h"
@@ -33,7 +35,8 @@ struct NormActShape {
   bool channels_last;
   bool act_first;
   float eps;
-  DType dtype;  // of x, y, xhat, the residual and their gradients: float or bfloat16
+  DType
+      dtype;  // of x, y, xhat, the residual and their gradients: float, bfloat16 or, in CUDA, half
 };
 
 struct NormActAffine {
@@ -137,6 +140,72 @@ PF_HOST_DEVICE int64_t norm_act_workspace(const NormActShape& s) {
   const int64_t per_unit = s.channels_last ? 2 * s.channels : 2;
   return s.outer * (unit_count(s) * per_unit + 2 * s.channels) +
          (s.norm == Norm::kLayer ? 0 : 2 * statistics_count(s));
+}
+
+// Mean and sum of squared differences of a growing set of values.
+struct Moments {
+  double count;
+  double mean;
+  double squares;
+};
+
+// Sets are merged as by Chan et al.
+PF_HOST_DEVICE void merge(Moments& all, const Moments& other) {
+  if (other.count == 0) return;
+  const double total = all.count + other.count;
+  const double delta = other.mean - all.mean;
+  const double share = other.count / total;
+  all.mean += delta * share;
+  all.squares += other.squares + delta * delta * all.count * share;
+  all.count = total;
+}
+
+PF_HOST_DEVICE float reciprocal_std(float var, float eps) { return 1 / sqrtf(var + eps); }
+
+PF_HOST_DEVICE bool is_identity(const NormActAffine& a) {
+  return a.slopes == nullptr && a.slope == 1;
+}
+
+// How many of the kept channels come before this one.
+PF_HOST_DEVICE int64_t kept_before(const KeptChannels& kept, int64_t channel) {
+  int64_t low = 0, high = kept.count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (kept.index[middle] < channel) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Position of a channel among those kept, or -1.
+PF_HOST_DEVICE int64_t kept_slot(const KeptChannels& kept, int64_t channel) {
+  const int64_t slot = kept_before(kept, channel);
+  return slot < kept.count && kept.index[slot] == channel ? slot : -1;
+}
+
+// The parameters of one channel, and what they are divided by.
+struct ChannelValues {
+  float weight;
+  float inverse_weight;  // 0 where xhat is kept
+  float bias;
+  float slope;
+  float inverse_slope;
+  int64_t slot;  // among the kept channels, or -1
+};
+
+PF_HOST_DEVICE ChannelValues channel_values(const NormActAffine& a, const KeptChannels& kept,
+                                            int64_t channel) {
+  ChannelValues v;
+  v.weight = a.weight == nullptr ? 1 : a.weight[channel];
+  v.bias = a.bias == nullptr ? 0 : a.bias[channel];
+  v.slope = a.slopes == nullptr ? a.slope : a.slopes[channel];
+  v.slot = kept_slot(kept, channel);
+  v.inverse_weight = v.slot < 0 ? 1 / v.weight : 0;
+  v.inverse_slope = 1 / v.slope;
+  return v;
 }
 
 }  // namespace petite_fast

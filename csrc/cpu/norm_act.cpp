@@ -95,9 +95,9 @@ double* of_statistic(const NormActShape& s, double* workspace, int64_t statistic
 void unit_moments(const NormActForward& p, int64_t index) {
   const NormActShape& s = p.shape;
   const Unit unit(s, index);
-  const ChannelValues channel(p.affine, p.kept, unit.channel);
+  const ChannelValues channel = channel_values(p.affine, p.kept, unit.channel);
   alignas(64) float buffer[kTile];
-  Moments moments;
+  Moments moments{};
   for (int64_t i = unit.begin; i < unit.end; i += kTile) {
     const int64_t count = std::min(kTile, unit.end - i);
     const float* x = stage(p.x, s.dtype, unit.row * s.inner + i, count, buffer);
@@ -105,7 +105,7 @@ void unit_moments(const NormActForward& p, int64_t index) {
       activate(x, count, Uniform{channel.slope}, buffer);
       x = buffer;
     }
-    moments.merge(tile_moments(x, count));
+    merge(moments, tile_moments(x, count));
   }
   p.workspace[2 * index] = moments.mean;
   p.workspace[2 * index + 1] = moments.squares;
@@ -115,12 +115,12 @@ void combine_moments(const NormActForward& p, int64_t statistic) {
   const NormActShape& s = p.shape;
   const int64_t pieces = norm_divide_up(s.inner, kNormUnit);
   const StatisticRows rows(s, statistic);
-  Moments moments;
+  Moments moments{};
   for (int64_t i = 0; i < rows.count * pieces; ++i) {
     const int64_t piece = i % pieces;
     const double* unit = p.workspace + 2 * (rows.row(i / pieces) * pieces + piece);
     const int64_t count = std::min(kNormUnit, s.inner - piece * kNormUnit);
-    moments.merge(Moments{static_cast<double>(count), unit[0], unit[1]});
+    merge(moments, Moments{static_cast<double>(count), unit[0], unit[1]});
   }
   p.mean[statistic] = static_cast<float>(moments.mean);
   // What rounding took from the mean is given back to the bias.
@@ -132,7 +132,7 @@ void combine_moments(const NormActForward& p, int64_t statistic) {
 void write_unit(const NormActForward& p, int64_t index) {
   const NormActShape& s = p.shape;
   const Unit unit(s, index);
-  const ChannelValues channel(p.affine, p.kept, unit.channel);
+  const ChannelValues channel = channel_values(p.affine, p.kept, unit.channel);
   const Uniform mean{p.mean[unit.statistic]};
   const Uniform rstd{reciprocal_std(p.var[unit.statistic], s.eps)};
   const double rest = s.norm == Norm::kFixed ? 0 : of_statistic(s, p.workspace, unit.statistic)[0];
@@ -182,7 +182,7 @@ double* averages(const NormActBackward& p, int64_t statistic) {
 void backward_unit(const NormActBackward& p, int64_t index, bool adds, bool writes) {
   const NormActShape& s = p.shape;
   const Unit unit(s, index);
-  const ChannelValues channel(p.affine, p.kept, unit.channel);
+  const ChannelValues channel = channel_values(p.affine, p.kept, unit.channel);
   const bool fixed = s.norm == Norm::kFixed;
   // With the activation first, y is n and grad_y is grad_n.
   const bool bends = !s.act_first && !is_identity(p.affine);

@@ -117,7 +117,7 @@ void column_moments(const NormActForward& p, const Coefficients& c, int64_t inde
     }
     fold(s, sums);
     fold(s, differences);
-    // As tile_moments and Moments::merge, one column per lane.
+    // As tile_moments and merge, one column per lane.
     const double added = static_cast<double>(rows), total = seen + added;
     for (int64_t i = 0; i < s.channels; ++i) {
       const double sum = static_cast<double>(sums[i]);
@@ -140,12 +140,13 @@ void combine_columns(const NormActForward& p) {
   const NormActShape& s = p.shape;
   const int64_t units = unit_count(s);
   for (int64_t k = 0; k < s.outer * s.channels; ++k) {
-    Moments moments;
+    Moments moments{};
     for (int64_t u = 0; u < units; ++u) {
       const int64_t index = k / s.channels * units + u;
       const UnitRows unit(s, index);
       const double* mean = p.workspace + index * 2 * s.channels + k % s.channels;
-      moments.merge(Moments{static_cast<double>(unit.end - unit.begin), mean[0], mean[s.channels]});
+      merge(moments,
+            Moments{static_cast<double>(unit.end - unit.begin), mean[0], mean[s.channels]});
     }
     p.mean[k] = static_cast<float>(moments.mean);
     *rest_of_mean(p, k) = moments.mean - static_cast<double>(p.mean[k]);

@@ -72,7 +72,7 @@ struct Coefficients {
   Coefficients(const NormActShape& s, const NormActAffine& a, const KeptChannels& kept)
       : memory(s) {
     const auto fill = [&](Repeated& target, float ChannelValues::* member) {
-      target.fill(s, [&](int64_t c) { return ChannelValues(a, kept, c).*member; });
+      target.fill(s, [&](int64_t c) { return channel_values(a, kept, c).*member; });
     };
     fill(weight, &ChannelValues::weight);
     fill(inverse_weight, &ChannelValues::inverse_weight);

@@ -205,21 +205,6 @@ inline Sums sums_about(const float* v, int64_t count, float centre) {
   return Sums{sum_lanes(sums[0] + sums[1]), sum_lanes(squares[0] + squares[1])};
 }
 
-// Mean and sum of squared differences of a growing set of values; sets are merged as by Chan et al.
-struct Moments {
-  double count = 0;
-  double mean = 0;
-  double squares = 0;
-
-  void merge(const Moments& other) {
-    const double total = count + other.count;
-    const double delta = other.mean - mean;
-    mean += delta * other.count / total;
-    squares += other.squares + delta * delta * count * other.count / total;
-    count = total;
-  }
-};
-
 // Two passes over a tile; the second corrects the mean of the first, whose sum was rounded.
 inline Moments tile_moments(const float* v, int64_t count) {
   constexpr int64_t kPiece = 1024;  // elements added up in float
@@ -234,43 +219,6 @@ inline Moments tile_moments(const float* v, int64_t count) {
   return Moments{n, static_cast<double>(centre) + total.first / n,
                  total.second - total.first * total.first / n};
 }
-
-inline float reciprocal_std(float var, float eps) { return 1 / __builtin_sqrtf(var + eps); }
-
-// Position of a channel among those kept, or -1.
-inline int64_t kept_slot(const KeptChannels& kept, int64_t channel) {
-  int64_t low = 0, high = kept.count;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (kept.index[middle] < channel) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low < kept.count && kept.index[low] == channel ? low : -1;
-}
-
-// The parameters of one channel, and what they are divided by.
-struct ChannelValues {
-  float weight;
-  float inverse_weight;  // 0 where xhat is kept
-  float bias;
-  float slope;
-  float inverse_slope;
-  int64_t slot;  // among the kept channels, or -1
-
-  ChannelValues(const NormActAffine& a, const KeptChannels& kept, int64_t channel)
-      : weight(a.weight == nullptr ? 1 : a.weight[channel]),
-        bias(a.bias == nullptr ? 0 : a.bias[channel]),
-        slope(a.slopes == nullptr ? a.slope : a.slopes[channel]),
-        slot(kept_slot(kept, channel)) {
-    inverse_weight = slot < 0 ? 1 / weight : 0;
-    inverse_slope = 1 / slope;
-  }
-};
-
-inline bool is_identity(const NormActAffine& a) { return a.slopes == nullptr && a.slope == 1; }
 
 }  // namespace
 }  // namespace PF_ISA

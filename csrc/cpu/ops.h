@@ -49,5 +49,9 @@ PF_FOR_CPU_OPS(PF_DECLARE)
 
 // Runs the phases of the CUDA kernel on the host, block by block with `threads` virtual threads.
 void emulate_effective_weight(const EffectiveWeightParams& p, int threads);
+void emulate_norm_act(const NormActForward& p, int threads);
+void emulate_norm_act_backward(const NormActBackward& p, int threads);
+void emulate_pack_signs(const SignRows& p);
+void emulate_unpack_signs(const SignRows& p);
 
 }  // namespace petite_fast

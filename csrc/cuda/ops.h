@@ -6,6 +6,8 @@
 #include "common/depthwise.h"
 #include "common/effective_weight.h"
 #include "cuda/depthwise_grad_weight.h"
+#include "common/norm_act_backward.h"
+#include "common/norm_act_forward.h"
 
 namespace petite_fast {
 namespace cuda {
@@ -22,6 +24,10 @@ std::string why_not(int device);
 void launch_effective_weight(const EffectiveWeightParams& p, int device, void* stream);
 void launch_depthwise(const DepthwiseParams& p, int device, void* stream);
 void launch_depthwise_grad_weight(const DepthwiseGradWeightCudaParams& p, int device, void* stream);
+void launch_norm_act(const NormActForward& p, int device, void* stream);
+void launch_norm_act_backward(const NormActBackward& p, int device, void* stream);
+void launch_pack_signs(const SignRows& p, int device, void* stream);
+void launch_unpack_signs(const SignRows& p, int device, void* stream);
 
 }  // namespace cuda
 }  // namespace petite_fast

@@ -13,6 +13,7 @@ import torch
 from petite_fast import settings
 from petite_fast.backends import (
     cuda_depthwise,
+    cuda_norm_act,
     eager,
     native,
     native_bottleneck,
@@ -102,15 +103,19 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
     ],
     "norm_act": [
         ("native", native_norm_act.can_run_norm_act, native_norm_act.norm_act),
+        ("native", cuda_norm_act.can_run_norm_act, cuda_norm_act.norm_act),
     ],
     "norm_act_backward": [
         ("native", native_norm_act.can_run_norm_act_backward, native_norm_act.norm_act_backward),
+        ("native", cuda_norm_act.can_run_norm_act_backward, cuda_norm_act.norm_act_backward),
     ],
     "pack_signs": [
         ("native", native_norm_act.can_run_pack_signs, native_norm_act.pack_signs),
+        ("native", cuda_norm_act.can_run_pack_signs, cuda_norm_act.pack_signs),
     ],
     "unpack_signs": [
         ("native", native_norm_act.can_run_unpack_signs, native_norm_act.unpack_signs),
+        ("native", cuda_norm_act.can_run_unpack_signs, cuda_norm_act.unpack_signs),
     ],
 }
 
