@@ -41,6 +41,9 @@ inline void check_operand(const char* name, const Operand& operand, int64_t elem
       prefix + "must have " + std::to_string(elements) + " elements" + got(std::get<2>(operand)));
 }
 
+// bindings_conv_halo.cpp
+void bind_conv_halo(py::module_& m, py::module_& testing);
+
 // bindings_low_rank.cpp
 void bind_low_rank(py::module_& m);
 // bindings_depthwise.cpp

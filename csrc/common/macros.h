@@ -9,3 +9,20 @@
 #else
 #define PF_HOST_DEVICE static inline
 #endif
+
+// A function of a whole thread block: on the device by every thread, on the host once, by an
+// emulator that runs the threads in loops.
+#if defined(__CUDACC__)
+#define PF_BLOCK static __device__ __forceinline__
+#else
+#define PF_BLOCK static inline
+#endif
+
+// Before a loop: whether nvcc writes it out.
+#if defined(__CUDACC__)
+#define PF_UNROLL _Pragma("unroll")
+#define PF_NO_UNROLL _Pragma("unroll 1")
+#else
+#define PF_UNROLL
+#define PF_NO_UNROLL
+#endif

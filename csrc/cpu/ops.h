@@ -47,5 +47,8 @@ PF_FOR_CPU_OPS(PF_DECLARE)
 
 // Runs the phases of the CUDA kernel on the host, block by block with `threads` virtual threads.
 void emulate_effective_weight(const EffectiveWeightParams& p, int threads);
+struct BlockCounts;
+struct ConvHaloParams;
+BlockCounts emulate_conv_halo(const ConvHaloParams& p);
 
 }  // namespace petite_fast

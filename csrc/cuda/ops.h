@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "common/conv_halo.h"
 #include "common/effective_weight.h"
 
 namespace petite_fast {
@@ -18,6 +19,7 @@ std::string why_not(int device);
 // Enqueues on `stream` (a cudaStream_t) of `device`; does not wait. Throws std::runtime_error with
 // CUDA's own words when the launch is refused.
 void launch_effective_weight(const EffectiveWeightParams& p, int device, void* stream);
+void launch_conv_halo(const ConvHaloParams& p, int device, void* stream);
 
 }  // namespace cuda
 }  // namespace petite_fast

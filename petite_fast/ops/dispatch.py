@@ -12,6 +12,7 @@ import torch
 
 from petite_fast import settings
 from petite_fast.backends import (
+    cuda_conv,
     eager,
     native,
     native_compress,
@@ -33,12 +34,14 @@ logger = logging.getLogger("petite_fast")
 _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
     "conv": [
         ("triton", triton.can_run_conv, triton.conv_forward),
+        ("native", cuda_conv.can_run_conv, cuda_conv.conv),
         ("native", native_depthwise.can_run_conv, native_depthwise.conv),
         ("native", native_shuffle.can_run_conv, native_shuffle.conv),
         ("native", native_stem.can_run_conv, native_stem.conv),
     ],
     "conv_grad_input": [
         ("triton", triton.can_run_conv_grad_input, triton.conv_grad_input),
+        ("native", cuda_conv.can_run_conv_grad_input, cuda_conv.conv_grad_input),
         ("native", native_depthwise.can_run_conv_grad_input, native_depthwise.conv_grad_input),
         ("native", native_shuffle.can_run_conv_grad_input, native_shuffle.conv_grad_input),
         ("native", native_stem.can_run_conv_grad_input, native_stem.conv_grad_input),
