@@ -1,7 +1,8 @@
 """Convolutions of kernel 3 and their grad_x on the native CUDA kernel of csrc/cuda/conv_halo.cu.
 
-It reads each input voxel from memory about twice instead of 27 times. Nobody has measured it on a
-GPU: it is taken where PETITE_FAST_BACKEND=native asks for it.
+A block reads its input once, halo included (2.3 voxels for one of the result), instead of once for
+each of the 27 taps. Nobody has run or measured it on a GPU: it is taken only where
+PETITE_FAST_BACKEND=native asks for it.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ def can_run_conv(
     *numbers: Any,
 ) -> tuple[bool, str]:
     """Whether `conv` takes these arguments, and why not."""
-    if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
-        return False, f"the kernel wants a contiguous bias of {x.dtype}"
     g = ConvGeometry.of_op(*numbers)
     possible, reason = _can_run(x, weight, g)
     if not possible:
         return False, reason
+    if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
+        return False, f"the kernel wants a contiguous bias of {x.dtype}"
     return _can_index(x.shape, [len(x), len(weight), *g.output_size(x.shape[2:], (3, 3, 3))])
 
 
