@@ -304,6 +304,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_isa", &petite_fast::set_isa, "Choose the CPU instruction set by name.");
   petite_fast::bind_effective_weight(m, testing);
   petite_fast::bind_compress(m);
+  petite_fast::bind_conv_halo(m, testing);
   petite_fast::bind_dropout(m);
   petite_fast::bind_bottleneck(m);
   petite_fast::bind_low_rank(m);

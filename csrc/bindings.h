@@ -43,6 +43,8 @@ inline void check_operand(const char* name, const Operand& operand, int64_t elem
 
 // bindings_bottleneck.cpp
 void bind_bottleneck(py::module_& m);
+// bindings_conv_halo.cpp
+void bind_conv_halo(py::module_& m, py::module_& testing);
 
 // bindings_low_rank.cpp
 void bind_low_rank(py::module_& m);

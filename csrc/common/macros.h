@@ -10,11 +10,20 @@
 #define PF_HOST_DEVICE static inline
 #endif
 
-// Before a loop over an array that must stay in registers on the device.
+// A function of a whole thread block: on the device by every thread, on the host once, by an
+// emulator that runs the threads in loops.
+#if defined(__CUDACC__)
+#define PF_BLOCK static __device__ __forceinline__
+#else
+#define PF_BLOCK static inline
+#endif
+
+// Before a loop: whether the device's compiler writes it out. An array that must stay in registers
+// needs that; copies of a long body would only cost some.
 #if defined(__CUDA_ARCH__)
 #define PF_UNROLL _Pragma("unroll")
-#define PF_KEEP_LOOP _Pragma("unroll 1")  // copies of a long body would only cost registers
+#define PF_NO_UNROLL _Pragma("unroll 1")
 #else
 #define PF_UNROLL
-#define PF_KEEP_LOOP
+#define PF_NO_UNROLL
 #endif

@@ -157,7 +157,7 @@ PF_HOST_DEVICE void backward_pass(const NormActBackward& p, const NormActGrid& g
   BackwardLanes c;
   backward_lanes<kSums, kWrites>(p, g, at, c);
   const KeptLanes kept = kept_lanes(p.kept, at);
-  PF_KEEP_LOOP
+  PF_NO_UNROLL
   for (int64_t row = at.row; row < at.end; row += kRows * g.rows_per_step) {
     BackwardOctets<T> octets[kRows];
     PF_UNROLL

@@ -50,7 +50,7 @@ PF_HOST_DEVICE void add_moments(const NormActForward& p, const NormActGrid& g, i
   const Octet<T> first = load_octet<kWhole, T>(p.x, element_at(g, at, at.row), first_lanes);
   norm_input(p.shape, slope, first, m.shift);
   float seen = 0;
-  PF_KEEP_LOOP
+  PF_NO_UNROLL
   for (int64_t row = at.row; row < at.end; row += kMomentRows * g.rows_per_step) {
     Octet<T> octets[kMomentRows];
     PF_UNROLL
@@ -210,7 +210,7 @@ PF_HOST_DEVICE void apply_norm_act(const NormActForward& p, const NormActGrid& g
   ForwardLanes c;
   forward_lanes(p, g, at, c);
   const KeptLanes kept = kept_lanes(p.kept, at);
-  PF_KEEP_LOOP
+  PF_NO_UNROLL
   for (int64_t row = at.row; row < at.end; row += kRows * g.rows_per_step) {
     Octet<T> x[kRows], residual[kRows];
     PF_UNROLL

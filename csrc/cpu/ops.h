@@ -53,5 +53,8 @@ void emulate_norm_act(const NormActForward& p, int threads);
 void emulate_norm_act_backward(const NormActBackward& p, int threads);
 void emulate_pack_signs(const SignRows& p);
 void emulate_unpack_signs(const SignRows& p);
+struct BlockCounts;
+struct ConvHaloParams;
+BlockCounts emulate_conv_halo(const ConvHaloParams& p);
 
 }  // namespace petite_fast

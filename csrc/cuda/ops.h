@@ -3,11 +3,12 @@
 
 #include <string>
 
+#include "common/conv_halo.h"
 #include "common/depthwise.h"
 #include "common/effective_weight.h"
-#include "cuda/depthwise_grad_weight.h"
 #include "common/norm_act_backward.h"
 #include "common/norm_act_forward.h"
+#include "cuda/depthwise_grad_weight.h"
 
 namespace petite_fast {
 namespace cuda {
@@ -28,6 +29,7 @@ void launch_norm_act(const NormActForward& p, int device, void* stream);
 void launch_norm_act_backward(const NormActBackward& p, int device, void* stream);
 void launch_pack_signs(const SignRows& p, int device, void* stream);
 void launch_unpack_signs(const SignRows& p, int device, void* stream);
+void launch_conv_halo(const ConvHaloParams& p, int device, void* stream);
 
 }  // namespace cuda
 }  // namespace petite_fast

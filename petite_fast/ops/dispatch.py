@@ -14,6 +14,7 @@ from petite_fast import settings
 from petite_fast.backends import (
     cuda_depthwise,
     cuda_norm_act,
+    cuda_conv,
     eager,
     native,
     native_bottleneck,
@@ -40,6 +41,7 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
         ("triton", special_conv.can_run_few_channels, special_conv.few_channels),
         ("triton", triton.can_run_conv, triton.conv_forward),
         ("native", cuda_depthwise.can_run_conv, cuda_depthwise.conv),
+        ("native", cuda_conv.can_run_conv, cuda_conv.conv),
         ("native", native_depthwise.can_run_conv, native_depthwise.conv),
         ("native", native_shuffle.can_run_conv, native_shuffle.conv),
         ("native", native_stem.can_run_conv, native_stem.conv),
@@ -57,6 +59,7 @@ _TABLE: dict[str, list[tuple[str, Predicate, Callable[..., Any]]]] = {
         ),
         ("triton", triton.can_run_conv_grad_input, triton.conv_grad_input),
         ("native", cuda_depthwise.can_run_conv_grad_input, cuda_depthwise.conv_grad_input),
+        ("native", cuda_conv.can_run_conv_grad_input, cuda_conv.conv_grad_input),
         ("native", native_depthwise.can_run_conv_grad_input, native_depthwise.conv_grad_input),
         ("native", native_shuffle.can_run_conv_grad_input, native_shuffle.conv_grad_input),
         ("native", native_stem.can_run_conv_grad_input, native_stem.conv_grad_input),
