@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from petite_fast import settings
 from petite_fast.backends import native
 from petite_fast.backends.eager_norm_act import (
     in_layout,
@@ -255,6 +256,8 @@ def _can_run_rows(x: torch.Tensor) -> tuple[bool, str]:
 def _has_kernels(device: torch.device) -> tuple[bool, str]:
     if device.type != "cuda":
         return False, f"no CUDA kernel for device {device.type!r}"
+    if settings.backend() != "native":
+        return False, "not measured yet against torch; PETITE_FAST_BACKEND=native takes it"
     return native.cuda_available(device.index)
 
 

@@ -12,9 +12,9 @@ import torch
 
 from petite_fast import settings
 from petite_fast.backends import (
+    cuda_conv,
     cuda_depthwise,
     cuda_norm_act,
-    cuda_conv,
     eager,
     native,
     native_bottleneck,
