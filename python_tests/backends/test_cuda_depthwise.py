@@ -195,7 +195,8 @@ def test_nothing_is_written_around_the_target(name: str) -> None:
 def test_binding_checks_sizes() -> None:
     run = native._load()[0].testing.emulate_depthwise
     x, weight = torch.zeros(1, 2, 4, 4, 4), torch.zeros(2, 27)
-    given = [native._operand(t) for t in (x, weight, None, torch.empty_like(x))]
+    out, wide = torch.empty_like(x), x.double()  # addresses are passed: they must live on
+    given = [native._operand(t) for t in (x, weight, None, out)]
     axes = [(4, 4, 1, 1)] * 3
     run((1, 2, axes, True), False, *given)
     for shape, text in [
@@ -208,7 +209,7 @@ def test_binding_checks_sizes() -> None:
     ]:
         with pytest.raises(ValueError, match=text):
             run(shape, False, *given)
-    double = native._operand(x.double())
+    double = native._operand(wide)
     with pytest.raises(ValueError, match="float64"):
         run((1, 2, axes, True), False, double, *given[1:3], double)
 
