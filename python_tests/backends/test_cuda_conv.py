@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conv_cases import assert_twice_torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from petite_fast.backends import cuda_conv, eager, native
+from petite_fast.backends import cuda_conv, eager, native, triton
 from petite_fast.ops import dispatch
 
 pytestmark = pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
@@ -179,6 +179,7 @@ def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     on_cpu = torch.ones(1, 16, 3, 3, 3)
     assert ask(on_cpu, on_cpu) == "no kernel for device 'cpu'"
+    monkeypatch.setattr(triton, "available", lambda device: (False, "not asked here"))
     with FakeTensorMode():
         weight = torch.empty(16, 16, 3, 3, 3, dtype=torch.bfloat16, device="cuda")
         plain = torch.empty(1, 16, 5, 6, 7, dtype=torch.bfloat16, device="cuda")

@@ -10,7 +10,7 @@ import torch
 from conv_cases import assert_twice_torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from petite_fast.backends import cuda_depthwise, eager, native
+from petite_fast.backends import cuda_depthwise, eager, native, triton
 from petite_fast.ops import dispatch
 
 pytestmark = pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
@@ -234,6 +234,7 @@ def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         return text
 
     assert "device 'cpu'" in reason(torch.zeros(1, 4, 9, 9, 9), torch.zeros(4, 1, 3, 3, 3), 4)
+    monkeypatch.setattr(triton, "available", lambda device: (False, "not asked here"))
     with FakeTensorMode():
         plain = torch.empty(1, 4, 9, 9, 9, device="cuda")
         x, weight = plain.to(memory_format=torch.channels_last_3d), plain.new_empty(4, 1, 3, 3, 3)
