@@ -75,13 +75,22 @@ class Slice:
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """The slices of a volume: ``slices[t][k]`` is slice k of frame t, in order along the normal."""
+    """The slices of a volume.
+
+    Attributes:
+        source: the folder or file.
+        slices: ``slices[t][k]`` is slice k of frame t, in order along the normal.
+        rows, columns: pixels of a slice.
+        orientation: 3x2, nibabel orientation of (column, row, slice).
+        grid: PixelSpacing, then ImageOrientationPatient, as stored.
+    """
 
     source: Path
     slices: tuple[tuple[Slice, ...], ...]
     rows: int
     columns: int
     orientation: np.ndarray
+    grid: tuple[float, ...]
 
     def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """Yield frames float32 [X, Y, Z], decoded slice by slice."""
@@ -164,7 +173,7 @@ def _volume(source: Path, ds: Dataset, slices: list[Slice], grid: tuple[float, .
     shape = (columns, rows, len(frames[0]))
     orientation = io_orientation(affine)
     spatial = tuple(shape[int(k)] for k in np.argsort(orientation[:, 0]))
-    series = Series(source, frames, rows, columns, orientation)
+    series = Series(source, frames, rows, columns, orientation, grid)
     return Volume(
         spatial if len(frames) == 1 else (len(frames), *spatial),
         affine @ inv_ornt_aff(orientation, shape),

@@ -87,7 +87,7 @@ def _frames(places: list[list[Slice]], where: Path) -> tuple[tuple[Slice, ...], 
     for place in places:
         place.sort(key=_time)
         for first, second in zip(place, place[1:], strict=False):
-            if _time(first) == _time(second) or first.uid == second.uid:
+            if _time(first) == _time(second):
                 raise InputError(
                     f"{where}: two slices at {_millimetres(first)} with the same time; expected"
                     " one series without duplicates"

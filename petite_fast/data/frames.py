@@ -63,7 +63,7 @@ def to_static(
     "counts", what one long acquisition would have given: the decay correction of each frame is
     undone, counts are added, and the sum is corrected once for all frames together:
 
-        static = sum_t w_t a_t / sum_t w_t,   w_t = integral over frame t of 2^(-(s - r) / half-life)
+        static = sum_t w_t a_t / sum_t w_t,   w_t = int_t 2^(-(s - r) / half-life) ds
 
     The two differ where uptake changes over a time that is long for the nuclide (11C, 15O, 82Rb).
     Frames that are not decay-corrected are averaged as they are, which adds their counts too.
