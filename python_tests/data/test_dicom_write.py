@@ -11,7 +11,7 @@ from dicom_cases import SECRET, SLICES, make_enhanced, make_series
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
-from petite_fast.data import Volume, read_volume, same_grid, thin, to_suv, write_volume
+from petite_fast.data import Volume, read_volume, same_grid, to_suv, write_volume
 from petite_fast.data.dicom_write import write_dicom
 from petite_fast.errors import InputError
 
@@ -140,10 +140,9 @@ def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
-def test_whole_body_series_thinned_and_written(tmp_path: Path, test_data: Path) -> None:
+def test_whole_body_series(tmp_path: Path, test_data: Path) -> None:
     volume = read_volume(test_data / "wholebody-dicom")
-    short = thin(volume.array, 0.25, np.random.default_rng(0), counts=2e7)
-    again = read_volume(write_dicom(volume, short, tmp_path / "out"))
+    array = volume.array * 0.5 - 20
+    again = read_volume(write_dicom(volume, array, tmp_path / "out"))
     assert same_grid(again, volume) and again.tracer == volume.tracer
-    assert np.abs(again.array - short).max() <= short.max() / 32767 * 0.501
-    assert again.array.sum() == pytest.approx(short.sum(), rel=1e-3)
+    assert np.abs(again.array - array).max() <= array.max() / 32767 * 0.501
