@@ -29,7 +29,7 @@ _silent = logging.Logger("header repairs", logging.CRITICAL + 1)
 CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])  # R, A, S
 _HEADER_BYTES = 540  # NIfTI-2; NIfTI-1 has 348 and at least 4 more before the voxels
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # metre, micron; anything else is millimetre
-_CHUNK = 16 << 20  # a damaged header may ask for any number of bytes: they are read in parts
+_CHUNK = 1 << 20  # a damaged header may ask for any number of bytes: they are read in parts
 
 # What leaves with a written volume: geometry and units. Everything else of a header is left
 # behind, because descrip, aux_file, db_name, intent_name and the extensions are free text in
