@@ -31,8 +31,9 @@ def damaged_is_input_error(where: str | os.PathLike[str], expected: str) -> Iter
     except InputError:
         raise
     except Exception as error:
+        fault = "cannot be read" if isinstance(error, OSError) else "is damaged"
         raise InputError(
-            f"{where}: the file is damaged ({type(error).__name__}); expected {expected}"
+            f"{where}: the file {fault} ({type(error).__name__}); expected {expected}"
         ) from None
     finally:
         logger.disabled = before

@@ -24,6 +24,7 @@ from petite_fast.data.dicom_header import (
     clock,
     number,
     require_pet,
+    suv_factor,
     timing_and_tracer,
     ucum_units,
     units_of,
@@ -234,6 +235,8 @@ def _require_common(
     first: Dataset, ds: Dataset, grid: tuple[float, ...], place: tuple[float, ...], path: Path
 ) -> None:
     differing = [k for k in _COMMON if first.get(k) != ds.get(k)]
+    if suv_factor(first) != suv_factor(ds):
+        differing.append("the SUV factor")
     if not np.allclose(grid, place, atol=1e-4):
         differing.append("PixelSpacing or ImageOrientationPatient")
     if differing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def _is_dicom(source: Path) -> bool:
         return stream.read(132)[128:] == b"DICM"
 
 
-def _dicom_reader():  # type: ignore[no-untyped-def]
+def _dicom_reader() -> Callable[[Path], Volume]:
     """`read_dicom`, or what to install for it: NIfTI alone does not need pydicom."""
     try:
         from petite_fast.data.dicom import read_dicom
