@@ -79,14 +79,22 @@ def clock(ds: Dataset, stem: str) -> float | None:
     """Seconds from year 1 of ``<stem>DateTime``, or of ``<stem>Date`` and ``<stem>Time``."""
     joined = ds.get(f"{stem}DateTime")
     if joined:
-        return _seconds(DT(str(joined)))
+        return _seconds(_parsed(DT, joined))
     time = ds.get(f"{stem}Time")
     day = ds.get(f"{stem}Date") or ds.get("SeriesDate") or ds.get("StudyDate")
     if not time:
         return None
     # Without any date (de-identified) all clocks are of one day.
-    days = DA(str(day)).toordinal() if day else 1
-    return days * 86400.0 + of_day(TM(str(time)))
+    days = _parsed(DA, day).toordinal() if day else 1
+    return days * 86400.0 + of_day(_parsed(TM, time))
+
+
+def _parsed(kind: Any, value: Any) -> Any:
+    """A DICOM date or time; what cannot be read is not quoted."""
+    try:
+        return kind(str(value))
+    except ValueError:
+        raise ValueError("a date or time in the header cannot be read") from None
 
 
 def of_day(time: Any) -> float:
@@ -198,12 +206,33 @@ def timing_and_tracer(
         half_life = HALF_LIFE_S[nuclide]
     timing, elapsed, problem = None, None, Tracer.problem
     try:
-        if half_life is None or half_life <= 0:
-            raise ValueError("the half-life is not given")
-        timing, elapsed = _times(ds, injected, frames, half_life)
+        start = scan_start(ds, [t for frame in frames for t in frame], half_life)
+        kind = _decay_correction(ds)
+        begins, lengths, beds = _spans(frames, start)
+        since, problem = _since_injection(injected, start, half_life, _end(begins, lengths))
+        reference: float | None = None
+        if kind == "ADMIN":
+            reference = None if since is None else -since
+        elif kind == "START":
+            moment = clock(ds, "DecayCorrection")  # enhanced objects say it outright
+            reference = 0.0 if moment is None else moment - start
+        if lengths and (kind == "NONE" or reference is not None):
+            decay = None if reference is None else (reference,) * len(frames)
+            timing = Timing(begins, lengths, decay)
         _require_corrections(ds)
+        if kind == "ADMIN":
+            elapsed = (0.0,) * len(frames)
+        elif since is not None and reference is not None:
+            elapsed = (since + reference,) * len(frames)
+        elif since is not None and half_life is not None:
+            if not lengths or beds:
+                raise ValueError("values are not decay-corrected and slices have no common time")
+            elapsed = tuple(
+                since + s + mean_rate_time(d, half_life)
+                for s, d in zip(begins, lengths, strict=True)
+            )
     except ValueError as error:
-        elapsed, problem = None, str(error)
+        problem = str(error)
     sex = str(ds.get("PatientSex", ""))
     return timing, Tracer(
         half_life_s=half_life,
@@ -226,39 +255,6 @@ def _require_corrections(ds: Dataset) -> None:
         raise ValueError("CorrectedImage lists no decay correction (DECY) but DecayCorrection does")
 
 
-def _times(
-    ds: Dataset, injected: Dataset, frames: Sequence[Sequence[FrameTimes]], half_life: float
-) -> tuple[Timing | None, tuple[float, ...]]:
-    """Timing, and the seconds from injection to what each frame's values stand for."""
-    start = scan_start(ds, [t for frame in frames for t in frame], half_life)
-    spans = [_span(frame, start) for frame in frames]
-    begins = tuple(s for s, _, _ in spans if s is not None)
-    lengths = tuple(d for _, d, _ in spans if d is not None)
-    timed = len(begins) == len(lengths) == len(frames)
-    end = max((s + d for s, d in zip(begins, lengths, strict=False)), default=0.0)
-    kind = _decay_correction(ds)
-    if kind == "ADMIN":
-        try:
-            reference = -_since_injection(injected, start, half_life, end)
-        except ValueError:
-            return None, (0.0,) * len(frames)
-    elif kind == "NONE":
-        if not timed or any(beds for _, _, beds in spans):
-            raise ValueError("values are not decay-corrected and slices have no common time")
-        since = _since_injection(injected, start, half_life, end)
-        return Timing(begins, lengths), tuple(
-            since + s + mean_rate_time(d, half_life) for s, d in zip(begins, lengths, strict=True)
-        )
-    else:
-        moment = clock(ds, "DecayCorrection")  # enhanced objects say it outright
-        reference = 0.0 if moment is None else moment - start
-    timing = Timing(begins, lengths, (reference,) * len(frames)) if timed else None
-    if kind == "ADMIN":
-        return timing, (0.0,) * len(frames)
-    since = _since_injection(injected, start, half_life, end)
-    return timing, (since + reference,) * len(frames)
-
-
 def _decay_correction(ds: Dataset) -> str:
     """START, ADMIN or NONE; enhanced objects say YES or NO, and to which moment."""
     kind = str(ds.get("DecayCorrection") or ds.get("DecayCorrected") or "")
@@ -270,17 +266,29 @@ def _decay_correction(ds: Dataset) -> str:
     return kinds[kind]
 
 
-def _span(frame: Sequence[FrameTimes], start: float) -> tuple[float | None, float | None, bool]:
-    """Start and length of a frame, and whether its slices were taken at several times."""
-    clocks = [t.clock_s for t in frame if t.clock_s is not None]
-    lengths = [t.duration_s for t in frame if t.duration_s is not None and t.duration_s > 0]
-    complete = len(clocks) == len(lengths) == len(frame)
-    if not complete:
-        return None, None, True
-    return min(clocks) - start, max(lengths), max(clocks) - min(clocks) > 1
+def _spans(
+    frames: Sequence[Sequence[FrameTimes]], start: float
+) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
+    """Starts and lengths of the frames, and whether slices of one were taken at several times.
+
+    Starts and lengths are empty if a slice has no time or no length.
+    """
+    every = [t for frame in frames for t in frame]
+    if any(t.clock_s is None or not t.duration_s or t.duration_s <= 0 for t in every):
+        return (), (), False
+    clocks = [[t.clock_s or 0.0 for t in frame] for frame in frames]
+    return (
+        tuple(min(c) - start for c in clocks),
+        tuple(max(t.duration_s or 0.0 for t in frame) for frame in frames),
+        any(max(c) - min(c) > 1 for c in clocks),
+    )
 
 
-def scan_start(ds: Dataset, times: Sequence[FrameTimes], half_life_s: float) -> float:
+def _end(begins: Sequence[float], lengths: Sequence[float]) -> float:
+    return max((s + d for s, d in zip(begins, lengths, strict=True)), default=0.0)
+
+
+def scan_start(ds: Dataset, times: Sequence[FrameTimes], half_life_s: float | None) -> float:
     """Clock (seconds from year 1) that START refers to.
 
     1. SeriesDate and SeriesTime, if no slice was acquired earlier: AcquisitionTime is later for
@@ -297,11 +305,11 @@ def scan_start(ds: Dataset, times: Sequence[FrameTimes], half_life_s: float) -> 
     if series is not None and (not acquired or series <= min(acquired) + 1):
         return series
     if stored := private(ds, GE_PRIVATE, 0x0D):
-        return _seconds(DT(str(stored)))
+        return _seconds(_parsed(DT, stored))
     starts = [
         t.clock_s - t.reference_s + mean_rate_time(t.duration_s, half_life_s)
         for t in times
-        if t.clock_s is not None and t.reference_s is not None and t.duration_s
+        if t.clock_s is not None and t.reference_s is not None and t.duration_s and half_life_s
     ]
     if not starts:
         raise ValueError("neither SeriesTime nor the slices tell when the scan started")
@@ -312,22 +320,32 @@ def scan_start(ds: Dataset, times: Sequence[FrameTimes], half_life_s: float) -> 
     return min(starts)
 
 
-def _since_injection(injected: Dataset, start: float, half_life_s: float, length_s: float) -> float:
-    """Seconds from injection to `start`; the date of StartDateTime counts if it is plausible."""
+def _since_injection(
+    injected: Dataset, start: float, half_life_s: float | None, length_s: float
+) -> tuple[float | None, str]:
+    """Seconds from injection to `start`, or None and why they are unknown.
+
+    The date of RadiopharmaceuticalStartDateTime counts if it is plausible; otherwise the time of
+    day: de-identification moves dates apart, but leaves times.
+    """
     joined, time = (
         injected.get(f"RadiopharmaceuticalStart{k}") or None for k in ("DateTime", "Time")
     )
-    if joined:
-        moment = DT(str(joined))
-        try:
-            return plausible_elapsed(start - _seconds(moment), half_life_s, length_s)
-        except ValueError:
-            # De-identification moves dates apart; the time of day survives it.
-            if half_life_s > NEEDS_DATE_S:
-                raise
-            time = time or f"{moment:%H%M%S.%f}"
-    if not time:
-        raise ValueError(Tracer.problem)
-    injection = of_day(TM(str(time)))
-    elapsed = elapsed_of_day(start % 86400, injection, half_life_s, length_s)
-    return plausible_elapsed(elapsed, half_life_s, length_s)
+    if half_life_s is None or half_life_s <= 0:
+        return None, "the half-life is not given"
+    try:
+        if joined:
+            moment = _parsed(DT, joined)
+            try:
+                return plausible_elapsed(start - _seconds(moment), half_life_s, length_s), ""
+            except ValueError:
+                if half_life_s > NEEDS_DATE_S:
+                    raise
+                time = time or f"{moment:%H%M%S.%f}"
+        if not time:
+            return None, Tracer.problem
+        injection = of_day(_parsed(TM, time))
+        elapsed = elapsed_of_day(start % 86400, injection, half_life_s, length_s)
+        return plausible_elapsed(elapsed, half_life_s, length_s), ""
+    except ValueError as error:
+        return None, str(error)

@@ -46,7 +46,7 @@ _IDENTITY = (
     "ReferringPhysicianName StudyInstanceUID"
 ).split()
 _UNITS = {"Bq/mL": "BQML", "SUVbw": "GML", "SUVlbm": "GML", "SUVbsa": "CM2ML", "counts": "CNTS"}
-_SUV_TYPES = {"SUVbw": "BW", "SUVlbm": "LBMJANMA", "SUVbsa": "BSA"}
+_SUV_TYPES = {"SUVbw": "BW", "SUVlbm": "LBM", "SUVbsa": "BSA"}
 _MOST = 32767  # 16-bit signed, because a network's output may be negative
 
 

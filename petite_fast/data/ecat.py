@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import IOBase
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from nibabel.ecat import BLOCK_SIZE, EcatImage, get_frame_order
@@ -59,7 +59,7 @@ def read_ecat(source: Path) -> Volume:
         timing = Timing(
             tuple(float(f["frame_start_time"]) / 1000 for f in frames),
             tuple(float(f["frame_duration"]) / 1000 for f in frames),
-            (0.0,) * len(frames)
+            (0.0,) * len(frames)  # ECAT corrects to the start of the scan
             if all(int(f["corrections_applied"]) & _DECAY_CORRECTED for f in frames)
             else None,
         )
@@ -151,20 +151,20 @@ def _check_frames(image: EcatImage, order: list[int], source: Path, size: int) -
             )
 
 
-def _units(header: object) -> str | None:
-    label = bytes(header["data_units"]).split(b"\0")[0].decode("ascii", "ignore")  # type: ignore[index]
+def _units(header: Any) -> str | None:
+    label = bytes(header["data_units"]).split(b"\0")[0].decode("ascii", "ignore")
     if label.strip():
         return _UNITS.get(label.strip().lower())
-    return "Bq/mL" if int(header["calibration_unitS"]) == 1 else None  # type: ignore[index]
+    return "Bq/mL" if int(header["calibration_unitS"]) == 1 else None
 
 
-def _tracer(header: object, timing: Timing) -> Tracer:
+def _tracer(header: Any, timing: Timing) -> Tracer:
     def number(field: str) -> float | None:
-        value = float(header[field])  # type: ignore[index]
+        value = float(header[field])
         return value if math.isfinite(value) and value > 0 else None
 
-    isotope = bytes(header["isotope_name"]).split(b"\0")[0].decode("ascii", "ignore")  # type: ignore[index]
-    start, injected = int(header["scan_start_time"]), int(header["dose_start_time"])  # type: ignore[index]
+    isotope = bytes(header["isotope_name"]).split(b"\0")[0].decode("ascii", "ignore")
+    start, injected = int(header["scan_start_time"]), int(header["dose_start_time"])
     half_life, height = number("isotope_halflife"), number("patient_height")
     elapsed, problem = None, Tracer.problem
     if timing.reference_s is not None and half_life and 0 < injected and 0 < start:

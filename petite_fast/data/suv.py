@@ -27,7 +27,8 @@ def to_suv(volume: Volume, kind: Kind = "bw") -> Volume:
         bsa  71.84 w^0.425 (100 h)^0.725                                  cm^2   SUV in cm^2/mL
 
     with w in kg and h in m. What is in SUV already is passed on, or converted from one kind to
-    another by the ratio of masses. Philips' counts take the scanner's own SUV factor.
+    another by the ratio of masses (not from lbm, which scanners find by several formulas).
+    Philips' counts take the scanner's own SUV factor.
 
     Sources: QIBA vendor-neutral pseudo-code; Janmahasatian et al. 2005 (lean body mass, as
     PERCIST and EANM ask for); Du Bois and Du Bois 1916.
@@ -47,6 +48,8 @@ def to_suv(volume: Volume, kind: Kind = "bw") -> Volume:
     if volume.units == units:
         return volume
     frames = volume.frame_count
+    if volume.units == "SUVlbm":
+        raise _refused(volume, "by which formula its lean body mass was found is not known", "bw")
     if volume.units in _UNITS:
         factor = _mass(volume, kind) / _mass(volume, _UNITS[volume.units])
         return volume.scaled((factor,) * frames, units)

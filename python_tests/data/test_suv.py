@@ -11,7 +11,7 @@ import pytest
 from dicom_cases import expected, make_series
 from pydicom.dataset import Dataset
 
-from petite_fast.data import read_volume, to_suv
+from petite_fast.data import read_volume, to_static, to_suv
 from petite_fast.errors import InputError
 
 WEIGHT, DOSE, HALF_LIFE = 70_000.0, 3.5e8, 6588.0  # g, Bq, s
@@ -227,3 +227,29 @@ def test_image_without_any_facts(tmp_path: Path) -> None:
     plain = read_volume(write_volume(np.ones((3, 3, 3)), np.eye(4), tmp_path / "a.nii"))
     refused(plain, "units are not given")
     refused(replace(plain, units="Bq/mL"), "weight")
+
+
+def test_lean_body_mass_of_another_formula_is_not_converted(tmp_path: Path) -> None:
+    volume = series(tmp_path, Units="GML", SUVType="LBM")
+    assert to_suv(volume, "lbm") is volume
+    refused(volume, "which formula")
+
+
+def test_frame_times_do_not_need_the_injection(tmp_path: Path) -> None:
+    unknown = {"RadiopharmaceuticalStartTime": None, "RadionuclideHalfLife": None}
+    volume = series(tmp_path, 3, {**unknown, "RadionuclideCodeSequence": None})
+    assert volume.timing is not None and volume.timing.start_s == (0, 300, 600)
+    assert to_static(volume).shape == volume.shape[1:]
+    refused(volume, "half-life")
+
+
+def test_text_in_a_time_is_not_quoted(tmp_path: Path) -> None:
+    volume = series(tmp_path, 1, {"RadiopharmaceuticalStartTime": None})
+
+    def change(ds: Dataset, n: int) -> None:
+        ds.RadiopharmaceuticalInformationSequence[0].add_new(0x00181072, "LO", "DOE^JANE")
+
+    volume = read_volume(make_series(tmp_path / "t", change))
+    with pytest.raises(InputError) as caught:
+        to_suv(volume)
+    assert "date or time" in str(caught.value) and "DOE" not in str(caught.value)
