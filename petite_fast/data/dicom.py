@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+from nibabel.orientations import apply_orientation
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.pixels import get_decoder, iter_pixels
@@ -22,6 +22,7 @@ from petite_fast.data.dicom_header import (
     FrameTimes,
     activity_factor,
     clock,
+    modality,
     number,
     require_pet,
     suv_factor,
@@ -30,7 +31,7 @@ from petite_fast.data.dicom_header import (
     units_of,
 )
 from petite_fast.data.lazy import Volume, require_finite
-from petite_fast.data.nifti import grid_header, require_affine
+from petite_fast.data.nifti import canonical_grid, grid_header
 from petite_fast.errors import InputError
 
 _EXPECTED = "a complete DICOM file"
@@ -135,7 +136,7 @@ def read_dicom(source: Path) -> Volume:
             ds = dcmread(path, stop_before_pixels=True)
             if "Rows" not in ds:
                 continue
-            counts[str(ds.get("SeriesInstanceUID", "")), str(ds.get("Modality", ""))[:16]] += 1
+            counts[str(ds.get("SeriesInstanceUID", "")), modality(ds)] += 1
             if len(counts) > 1:
                 continue  # only counted, for the error
             if first is None:
@@ -167,17 +168,15 @@ def _volume(source: Path, ds: Dataset, slices: list[Slice], grid: tuple[float, .
                 f"{source}: {len(frames[0])} slices; expected the {stated:.0f} of NumberOfSlices"
             )
         affine = _LPS_TO_RAS @ affine
-        require_affine(affine, source)
         timing, tracer = timing_and_tracer(ds, [[s.times for s in frame] for frame in frames])
         units = _mapped_units(ds) or units_of(ds)
         rows, columns = int(ds.Rows), int(ds.Columns)
     shape = (columns, rows, len(frames[0]))
-    orientation = io_orientation(affine)
-    spatial = tuple(shape[int(k)] for k in np.argsort(orientation[:, 0]))
+    orientation, canonical, spatial = canonical_grid(affine, shape, source)
     series = Series(source, frames, rows, columns, orientation, grid)
     return Volume(
         spatial if len(frames) == 1 else (len(frames), *spatial),
-        affine @ inv_ornt_aff(orientation, shape),
+        canonical,
         source,
         series,
         grid_header(shape if len(frames) == 1 else (*shape, len(frames)), affine),
@@ -213,8 +212,7 @@ def _require_decoder(ds: Dataset, path: Path) -> None:
         decoder = get_decoder(syntax)
     except NotImplementedError:
         raise InputError(
-            f"{path}: the transfer syntax {syntax.name} holds no image that can be decoded;"
-            " expected an uncompressed one"
+            f"{path}: the transfer syntax is unknown or holds no image; expected an uncompressed one"
         ) from None
     if not decoder.is_available:
         ways = [w.split("requires ", 1)[-1] for w in decoder.missing_dependencies]

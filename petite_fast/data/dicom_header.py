@@ -119,6 +119,12 @@ def private(ds: Dataset, block: tuple[int, str], offset: int) -> Any:
     return value if value != "" else None
 
 
+def modality(ds: Dataset) -> str:
+    """Modality, or "unknown" where the element holds anything else than a code."""
+    code = str(ds.get("Modality", ""))
+    return code if code.isalnum() and len(code) <= 16 else "unknown"
+
+
 def require_pet(ds: Dataset, where: Path) -> None:
     """Refuse other modalities, and SPECT stored as PET.
 
@@ -126,9 +132,8 @@ def require_pet(ds: Dataset, where: Path) -> None:
         InputError: Modality is not PT, or collimator, energy window or nuclide are those of a
             gamma camera.
     """
-    modality = str(ds.get("Modality", ""))[:16]
-    if modality != "PT":
-        raise InputError(f"{where}: modality {modality or 'unknown'}; expected PET (PT)")
+    if modality(ds) != "PT":
+        raise InputError(f"{where}: modality {modality(ds)}; expected PET (PT)")
     windows = [
         (number(w, "EnergyWindowLowerLimit"), number(w, "EnergyWindowUpperLimit"))
         for w in ds.get("EnergyWindowRangeSequence") or ()

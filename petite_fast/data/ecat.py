@@ -13,7 +13,6 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 from nibabel.ecat import BLOCK_SIZE, EcatImage, get_frame_order
-from nibabel.orientations import io_orientation
 
 from petite_fast.data.acquisition import (
     Timing,
@@ -24,7 +23,7 @@ from petite_fast.data.acquisition import (
 )
 from petite_fast.data.damage import damaged_is_input_error
 from petite_fast.data.lazy import Volume, require_finite
-from petite_fast.data.nifti import grid_header, require_affine
+from petite_fast.data.nifti import canonical_grid, grid_header
 from petite_fast.errors import InputError
 
 _EXPECTED = "a complete ECAT7 image (.v)"
@@ -55,7 +54,9 @@ def read_ecat(source: Path) -> Volume:
         shape = tuple(map(int, sub.get_shape(order[0])))
         _check_frames(image, order, source, os.fstat(stream.fileno()).st_size)
         affine = np.array(sub.get_frame_affine(order[0]), np.float64)
-        require_affine(affine, source)
+        if not np.diag(affine).min() > 0:  # reading turns the axes, so that sizes are positive
+            raise InputError(f"{source}: the voxel size is not positive; expected three lengths")
+        orientation, canonical, spatial = canonical_grid(affine, shape, source)
         timing = Timing(
             tuple(float(f["frame_start_time"]) / 1000 for f in frames),
             tuple(float(f["frame_duration"]) / 1000 for f in frames),
@@ -68,12 +69,12 @@ def read_ecat(source: Path) -> Volume:
     if any(d > 0 for d in timing.duration_s):
         check_timing(timing, len(frames), source)
     return Volume(
-        shape if len(order) == 1 else (len(order), *shape),
-        affine,
+        spatial if len(order) == 1 else (len(order), *spatial),
+        canonical,
         source,
         _Frames(source, tuple(order)),
         grid_header(shape if len(order) == 1 else (*shape, len(order)), affine),
-        io_orientation(affine),
+        orientation,
         units,
         timing if any(d > 0 for d in timing.duration_s) else None,
         tracer,

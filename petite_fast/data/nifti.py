@@ -63,16 +63,14 @@ def read_nifti(source: Path) -> Volume:
     header = _parse_header(head, source)
     stored = tuple(map(int, header.get_data_shape()))
     count = math.prod(stored[3:])
-    file_affine = _affine_mm(header, source)
-    orientation = io_orientation(file_affine)
+    orientation, affine, spatial = canonical_grid(_affine_mm(header, source), stored[:3], source)
     reader = _Frames(source, header, head, orientation)
     if not source.name.lower().endswith(".gz"):
         reader.require(source.stat().st_size)
-    spatial = tuple(stored[int(k)] for k in np.argsort(orientation[:, 0]))
     facts = read_sidecar(source, count)
     return Volume(
         spatial if count == 1 else (count, *spatial),
-        file_affine @ inv_ornt_aff(orientation, stored[:3]),
+        affine,
         source,
         reader,
         _geometry(header),
@@ -225,33 +223,49 @@ def _parse_header(head: bytes, source: Path) -> nib.Nifti1Header:
 
 
 def _affine_mm(header: nib.Nifti1Header, source: Path) -> np.ndarray:
-    """Affine of the file's own axes in mm; refuse one that does not place voxels in space."""
+    """Affine of the file's own axes in mm."""
     try:
-        affine = np.array(header.get_best_affine(), dtype=np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            affine = np.array(header.get_best_affine(), dtype=np.float64)
     except (HeaderDataError, ValueError) as error:
         raise InputError(
             f"{source}: the orientation in the header is invalid ({error}); expected a rotation"
         ) from error
     affine[:3] *= _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
-    require_affine(affine, source)
     return affine
 
 
-def require_affine(affine: np.ndarray, source: Path) -> None:
-    """Refuse an affine whose axes do not span space.
+def canonical_grid(
+    file_affine: np.ndarray, shape: Sequence[int], source: Path
+) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    """How a file's axes are turned to R, A, S.
+
+    Args:
+        file_affine: voxel of the file's axes -> mm.
+        shape: of the file's three axes.
+        source: names the file in errors.
+
+    Returns:
+        nibabel orientation of the file's axes, affine and shape of the turned ones.
 
     Raises:
-        InputError: NaN, Inf, an axis of no length, or axes in one plane.
+        InputError: NaN, Inf, an axis of no length, or axes that do not span space.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        spacing = np.linalg.norm(affine[:3, :3], axis=0)
-        volume = abs(np.linalg.det(affine[:3, :3])) if np.isfinite(affine).all() else 0.0
-        singular = not volume > 1e-6 * spacing.prod() or not np.isfinite(volume)
-    if singular:
+        spacing = np.linalg.norm(file_affine[:3, :3], axis=0)
+        volume = abs(np.linalg.det(file_affine[:3, :3])) if np.isfinite(file_affine).all() else 0.0
+        sound = np.isfinite(spacing).all() and 1e-6 * spacing.prod() < volume < np.inf
+        orientation = io_orientation(file_affine) if sound else np.full((3, 2), np.nan)
+        # An axis that is shorter than another by fifteen digits has no direction left.
+        affine = np.full((4, 4), np.nan)
+        if not np.isnan(orientation).any():
+            affine = file_affine @ inv_ornt_aff(orientation, shape)
+    if not np.isfinite(affine).all():
         raise InputError(
             f"{source}: the affine is singular (voxel size {tuple(spacing.tolist())} mm);"
             " expected three independent axes of positive length"
         )
+    return orientation, affine, tuple(int(shape[int(k)]) for k in np.argsort(orientation[:, 0]))
 
 
 def _geometry(header: nib.Nifti1Header) -> nib.Nifti1Header:

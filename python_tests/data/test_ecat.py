@@ -91,6 +91,7 @@ def test_damaged(tmp_path: Path) -> None:
     refused(circle, "circle")
     refused(make_ecat(tmp_path / "c.v", sub={"data_type": 99}), "damaged")
     refused(make_ecat(tmp_path / "d.v", sub={"scale_factor": np.nan}), "24 voxels are NaN")
-    refused(make_ecat(tmp_path / "e.v", sub={"x_pixel_size": 0}), "singular")
+    refused(make_ecat(tmp_path / "e.v", sub={"x_pixel_size": 0}), "voxel size")
+    refused(make_ecat(tmp_path / "h.v", sub={"x_pixel_size": -1}), "voxel size")
     refused(make_ecat(tmp_path / "f.v", 2, main={"num_gates": 2}), "gates")
     refused(make_ecat(tmp_path / "g.v", sub={"x_dimension": 60000}), "truncated")
