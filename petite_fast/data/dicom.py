@@ -212,7 +212,8 @@ def _require_decoder(ds: Dataset, path: Path) -> None:
         decoder = get_decoder(syntax)
     except NotImplementedError:
         raise InputError(
-            f"{path}: the transfer syntax is unknown or holds no image; expected an uncompressed one"
+            f"{path}: the transfer syntax is unknown or holds no image;"
+            " expected an uncompressed one"
         ) from None
     if not decoder.is_available:
         ways = [w.split("requires ", 1)[-1] for w in decoder.missing_dependencies]

@@ -256,7 +256,7 @@ def canonical_grid(
         volume = abs(np.linalg.det(file_affine[:3, :3])) if np.isfinite(file_affine).all() else 0.0
         sound = np.isfinite(spacing).all() and 1e-6 * spacing.prod() < volume < np.inf
         orientation = io_orientation(file_affine) if sound else np.full((3, 2), np.nan)
-        # An axis that is shorter than another by fifteen digits has no direction left.
+        # An axis so short that its square is 0 has no direction: nibabel drops it.
         affine = np.full((4, 4), np.nan)
         if not np.isnan(orientation).any():
             affine = file_affine @ inv_ornt_aff(orientation, shape)
