@@ -10,7 +10,7 @@ from petite_fast.data.lazy import Volume
 from petite_fast.errors import InputError
 
 Kind = Literal["bw", "lbm", "bsa"]
-_UNITS = {"SUVbw": "bw", "SUVlbm": "lbm", "SUVbsa": "bsa"}
+_CONVERTED = {"SUVbw": "bw", "SUVbsa": "bsa"}
 
 
 def to_suv(volume: Volume, kind: Kind = "bw") -> Volume:
@@ -50,8 +50,8 @@ def to_suv(volume: Volume, kind: Kind = "bw") -> Volume:
     frames = volume.frame_count
     if volume.units == "SUVlbm":
         raise _refused(volume, "by which formula its lean body mass was found is not known", "bw")
-    if volume.units in _UNITS:
-        factor = _mass(volume, kind) / _mass(volume, _UNITS[volume.units])
+    if volume.units in _CONVERTED:
+        factor = _mass(volume, kind) / _mass(volume, _CONVERTED[volume.units])
         return volume.scaled((factor,) * frames, units)
     if volume.units == "counts" and tracer.suv_factor is not None:
         ratio = 1.0 if kind == "bw" else _mass(volume, kind) / _mass(volume, "bw")
