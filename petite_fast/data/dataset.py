@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from petite_fast.data.datalist import Pair
 from petite_fast.data.normalise import Normaliser, ScaleRecord, foreground_threshold
-from petite_fast.data.volume import Volume, read_volume, same_grid
+from petite_fast.data.volume import Volume, read_volume, require_static, same_grid
 from petite_fast.errors import InputError
 
 _MIXED_VOLUMES = 8
@@ -23,10 +23,10 @@ def load_pair(pair: Pair) -> tuple[Volume, Volume]:
     """Read input and target and check that they share one grid.
 
     Raises:
-        InputError: either cannot be read, or shapes or affines differ (by more than 1e-3 mm
-            anywhere in the volume).
+        InputError: either cannot be read or is a dynamic series, or shapes or affines differ (by
+            more than 1e-3 mm anywhere in the volume).
     """
-    image, label = read_volume(pair.image), read_volume(pair.label)
+    image, label = (require_static(read_volume(p)) for p in (pair.image, pair.label))
     if not same_grid(image, label):
         raise InputError(
             f"{image.source} and {label.source} are on different grids"
@@ -36,7 +36,7 @@ def load_pair(pair: Pair) -> tuple[Volume, Volume]:
 
 
 def _grid(volume: Volume) -> str:
-    shape = "x".join(map(str, volume.array.shape))
+    shape = "x".join(map(str, volume.shape))
     spacing = "x".join(f"{mm:.4g}" for mm in volume.spacing)
     origin = ", ".join(f"{mm:.5g}" for mm in volume.affine[:3, 3])
     return f"{shape} voxels of {spacing} mm at ({origin}) mm"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from petite_fast.data import Normaliser, Pair, read_volume
-from petite_fast.data.volume import same_grid
+from petite_fast.data.volume import require_static, same_grid
 from petite_fast.errors import InputError
 from petite_fast.training.inference import output_path
 from petite_fast.training.metrics import Denominator, published_metrics, volume_metrics
@@ -65,7 +65,9 @@ def evaluate(
     """
     rows: list[dict[str, Any]] = []
     for comparison in comparisons:
-        pred, target = read_volume(comparison.prediction), read_volume(comparison.target)
+        pred, target = (
+            require_static(read_volume(path)) for path in (comparison.prediction, comparison.target)
+        )
         if not same_grid(pred, target):
             raise InputError(
                 f"{comparison.prediction} and {comparison.target} are on different grids "

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from petite_fast.data.normalise import Normaliser
-from petite_fast.data.volume import read_volume, write_like
+from petite_fast.data.volume import read_volume, require_static, write_like
 from petite_fast.errors import InputError
 
 SUFFIX = "_desc-petite"
@@ -75,7 +75,7 @@ class Reconstructor:
             InputError: the file cannot be used; see `read_volume`.
             OSError: the result cannot be written; nothing is left behind.
         """
-        volume = read_volume(path)
+        volume = require_static(read_volume(path))
         return write_like(volume, self.array(volume.array, path), output_path(path, out))
 
 

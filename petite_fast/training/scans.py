@@ -41,7 +41,7 @@ class TrainingData:
             InputError: the JSON or the scan cannot be read.
         """
         pairs = read_datalist(self.json, self.fold, "training")
-        return min(read_volume(pairs[0].image).array.shape)
+        return min(read_volume(pairs[0].image).shape)
 
     def open(self, seed: int, normalisation: str) -> PatchDataset:
         """The training patches.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from petite_fast.data import thin
+from petite_fast.data import DOSE_REDUCTIONS, thin, thin_nested
 
 
 def test_counts_are_nested_and_binomial() -> None:
@@ -57,3 +57,36 @@ def test_same_generator_same_scan() -> None:
 def test_misuse(image: np.ndarray, fraction: float, counts: float | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         thin(image, fraction, np.random.default_rng(0), counts)
+
+
+def test_doses_are_nested_and_each_is_a_binomial_part() -> None:
+    rng = np.random.default_rng(2)
+    counts = rng.poisson(400, (40, 40, 40))
+    thinned = thin_nested(counts, rng)
+    assert tuple(thinned) == DOSE_REDUCTIONS == (4, 10, 20, 50, 100)
+    larger = counts
+    for reduction, image in thinned.items():
+        assert image.dtype == np.float32
+        kept = np.round(image / reduction).astype(int)
+        np.testing.assert_allclose(image, kept * reduction)
+        assert (kept <= larger).all()
+        # a thinned Poisson variable is Poisson of 1 / reduction of the mean
+        assert kept.mean() == pytest.approx(400 / reduction, rel=0.01)
+        assert kept.var() == pytest.approx(400 / reduction, rel=0.03)
+        larger = kept
+
+
+def test_nested_doses_keep_units() -> None:
+    suv = np.linspace(0.5, 4, 30**3, dtype=np.float32).reshape(30, 30, 30)
+    thinned = thin_nested(suv, np.random.default_rng(0), 1e4 * suv.size, (20, 4))
+    assert tuple(thinned) == (4, 20)
+    for reduction, image in thinned.items():
+        assert image.mean() == pytest.approx(suv.mean(), rel=0.01)
+        noise = ((image - suv) ** 2 / suv).mean() / (suv.mean() / 1e4)
+        assert noise == pytest.approx(reduction - 1, rel=0.05)  # (1 - f) / f
+
+
+@pytest.mark.parametrize("reductions", [(), (0,), (4, -1)])
+def test_reductions_that_are_none(reductions: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="reductions are"):
+        thin_nested(np.ones(3), np.random.default_rng(0), None, reductions)

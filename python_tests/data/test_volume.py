@@ -210,7 +210,7 @@ def test_crash_while_writing_keeps_the_old_file(
         Path(name).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("petite_fast.data.volume.nib.save", full_disk)
+    monkeypatch.setattr("petite_fast.data.nifti.nib.save", full_disk)
     with pytest.raises(OSError, match="no space"):
         write_like(volume, volume.array * 2, path)
     assert path.read_bytes() == before

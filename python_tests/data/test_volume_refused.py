@@ -19,7 +19,7 @@ from petite_fast.data import read_volume
 
 def test_missing_file(tmp_path: Path) -> None:
     refused(tmp_path / "none.nii.gz", "no such file")
-    refused(tmp_path, "no such file")
+    refused(tmp_path, "no DICOM image")
 
 
 def test_name_of_another_format(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_gzip_named_nii(tmp_path: Path) -> None:
     refused(tmp_path / "a.nii", "gzip-compressed", ".nii.gz")
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 5, 2), (3, 4, 5, 1, 3), (3, 4)])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 2, 3), (3, 4, 5, 1, 3), (3, 4)])
 def test_not_one_3d_volume(tmp_path: Path, shape: tuple[int, ...]) -> None:
     path = save(tmp_path / "a.nii.gz", voxels(shape))
     refused(path, "expected one 3-D volume", ", ".join(map(str, shape)))
@@ -145,3 +145,10 @@ def test_reading_closes_the_file(tmp_path: Path) -> None:
         refused(broken, "truncated")
         gc.collect()
     assert [str(w.message) for w in caught if w.category is ResourceWarning] == []
+
+
+@pytest.mark.parametrize("size", [1e-180, 1e180])
+def test_axis_whose_square_is_no_number(tmp_path: Path, size: float) -> None:
+    nib.save(nib.Nifti2Image(voxels(), np.diag([1.0, 2, 3, 1])), tmp_path / "a.nii")
+    patched(tmp_path / "a.nii", 400, struct.pack("<d", size))  # srow_x[0]
+    refused(tmp_path / "a.nii", "affine is singular")
