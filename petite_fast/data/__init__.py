@@ -3,7 +3,9 @@
 `petite_fast.data.simulate` is imported by itself, because it needs scipy (extra ``app``).
 """
 
-from petite_fast.data.datalist import Pair, read_datalist
+from petite_fast.data.cases import Pair
+from petite_fast.data.collection import read_collection, read_pairs
+from petite_fast.data.datalist import read_datalist
 from petite_fast.data.dataset import PairDataset, PatchDataset, load_pair
 from petite_fast.data.normalise import Normaliser, ScaleRecord
 from petite_fast.data.scanners import SCANNERS, Scanner, get_scanner
@@ -21,7 +23,9 @@ __all__ = [
     "Volume",
     "get_scanner",
     "load_pair",
+    "read_collection",
     "read_datalist",
+    "read_pairs",
     "read_volume",
     "thin",
     "write_like",

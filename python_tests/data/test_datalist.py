@@ -111,8 +111,30 @@ def test_missing_json(tmp_path: Path) -> None:
 
 
 def test_split_is_checked(write_list: WriteList) -> None:
-    with pytest.raises(ValueError, match="'test'"):
-        read_datalist(write_list(), 0, "test")
+    with pytest.raises(ValueError, match="'holdout'"):
+        read_datalist(write_list(), 0, "holdout")
+
+
+def test_the_test_is_the_same_in_every_fold(write_list: WriteList, pairs: list[Pair]) -> None:
+    entries = [
+        {"image": p.image.name, "label": p.label.name, "subject": p.subject, "session": "ses-1"}
+        for p in pairs
+    ]
+    folds = [{"training": ["sub-01", "sub-02"], "validation": ["sub-03"]}]
+    path = write_list(training=entries[:3], test=entries[3:], folds=folds)
+    assert [p.name for p in read_datalist(path, 0, "test")] == ["sub-04_ses-1", "sub-05_ses-1"]
+    assert [p.subject for p in read_datalist(path, split="test")] == ["sub-04", "sub-05"]
+    assert [p.subject for p in read_datalist(path)] == ["sub-01", "sub-02", "sub-03"]
+
+
+@pytest.mark.parametrize("key", ["validation", "test"])
+def test_a_subject_in_two_lists_is_refused(
+    write_list: WriteList, pairs: list[Pair], key: str
+) -> None:
+    entries = [{"image": p.image.name, "label": p.label.name, "subject": "sub-A"} for p in pairs]
+    path = write_list(folds=None, training=entries[:2], **{key: entries[2:]})
+    with pytest.raises(InputError, match=f"sub-A in training and .*{key}; expected each subject"):
+        read_datalist(path, split=key)
 
 
 def test_monai_reads_the_same_file(write_list: WriteList, pairs: list[Pair]) -> None:
