@@ -123,8 +123,8 @@ def read_sidecar(
         for path in sorted(applicable, key=lambda p: (p.name.count("-"), p.name)):
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
-                text = f"not valid JSON ({error}); expected a sidecar"
+            except (OSError, ValueError, RecursionError) as error:
+                text = f"not readable as JSON ({error}); expected a sidecar"
                 problems.append(Problem(str(path), text))
                 continue
             if not isinstance(content, dict):
@@ -213,9 +213,9 @@ def _weights(root: Path) -> tuple[dict[str, float], list[Problem]]:
         return weights, problems
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        return weights, [Problem(str(path), f"not UTF-8 ({error}); expected a table")]
-    rows = list(csv.DictReader(lines, delimiter="\t"))
+        rows = list(csv.DictReader(lines, delimiter="\t"))
+    except (UnicodeDecodeError, csv.Error) as error:
+        return weights, [Problem(str(path), f"no table ({error}); expected tab-separated columns")]
     if not rows or "participant_id" not in rows[0]:
         return weights, [Problem(str(path), "no column participant_id; expected one")]
     for row in rows:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 _OVERLAP_S = 0.5  # frame times are rounded to this by some converters
-_CLOCK_S = 1.0  # clock times are written in whole seconds
+_CLOCK_S = 5.0  # clock times are written in whole seconds, and scanners' clocks differ a little
 _DAY_S = 86400.0
 _BQ = {"bq": 1.0, "kbq": 1e3, "mbq": 1e6, "gbq": 1e9, "uci": 3.7e4, "mci": 3.7e7}
 _UNITS = {

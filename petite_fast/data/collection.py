@@ -33,6 +33,7 @@ class Collection:
         splits: by subject; a fold is chosen by its position.
         about: top level of dataset.json ("scanner", "units", "roi"), the same of a BIDS tree.
         problems: what is wrong with names, listings and sidecar files.
+        drawn: the splits were drawn here, because the data set says nothing of them.
     """
 
     root: Path
@@ -41,6 +42,7 @@ class Collection:
     splits: Splits
     about: Mapping[str, Any] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    drawn: bool = False
 
     def select(self, fold: int | None, split: str) -> list[Case]:
         """Cases of one split; without a fold, "training" is everything but the test.
@@ -117,12 +119,13 @@ def read_collection(data: Path, seed: int | None = None) -> Collection:
             f" nnU-Net raw folder ({LISTING}, imagesTr/)"
         )
     given = given or Splits()
-    if seed is not None or not given.folds:
+    drawn = seed is not None or not given.folds
+    if drawn:
         subjects = [case.subject for case in cases if case.pair]
         splits = split_subjects(subjects, seed or 0, given.test)
     else:
         splits = given
-    return Collection(root, layout, tuple(cases), splits, about, tuple(problems))
+    return Collection(root, layout, tuple(cases), splits, about, tuple(problems), drawn)
 
 
 def read_pairs(data: Path, fold: int | None = None, split: str = "training") -> list[Pair]:
@@ -146,6 +149,14 @@ def read_pairs(data: Path, fold: int | None = None, split: str = "training") -> 
     pairs = [pair for case in cases if (pair := case.pair)]
     if not pairs:
         raise InputError(f"{data}: the {split} split is empty; expected at least one pair")
+    if collection.drawn:
+        _log.info(
+            "%s: the data set has no splits; drawn by subject with seed 0: %d folds, %d subjects in"
+            " the test",
+            data,
+            len(collection.splits.folds),
+            len(collection.splits.test),
+        )
     if len(pairs) < len(cases):
         _log.warning(
             "%s: %d of %d cases of the %s split are no pair and are left out;"

@@ -50,7 +50,7 @@ def read_raw_folder(
         images, wrong = _images(root / f"images{part}", ending)
         problems += wrong
         labels = {
-            path.name[: -len(ending)]: path for path in _files(root / f"labels{part}", ending)
+            path.name.removesuffix(ending): path for path in _files(root / f"labels{part}", ending)
         }
         found += [(part, name, images.get(name), labels.get(name)) for name in images | labels]
         for name in sorted(images.keys() ^ labels.keys()):
@@ -88,7 +88,7 @@ def _images(folder: Path, ending: str) -> tuple[dict[str, Path], list[Problem]]:
     """Channel 0 of each case; other channels and other names are problems."""
     images, problems = {}, []
     for path in _files(folder, ending):
-        match = _CHANNEL.fullmatch(path.name[: -len(ending)])
+        match = _CHANNEL.fullmatch(path.name.removesuffix(ending))
         if match and int(match[2]) == 0:
             images[match[1]] = path
         else:

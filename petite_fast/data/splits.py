@@ -116,7 +116,7 @@ def read_splits(folder: Path) -> Splits | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); expected subject splits") from error
     return parse_splits(content, str(path))
 

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from petite_fast.data import Pair, read_datalist
+from petite_fast.data import Pair, read_collection, read_datalist
 from petite_fast.errors import InputError
 
 WriteList = Callable[..., Path]
@@ -142,3 +144,37 @@ def test_monai_reads_the_same_file(write_list: WriteList, pairs: list[Pair]) -> 
     entries = data.load_decathlon_datalist(str(write_list()), data_list_key="training")
     assert [Path(e["image"]).resolve() for e in entries] == [p.image.resolve() for p in pairs]
     assert json.loads(json.dumps(entries[0]))["label"].endswith("out_1.nii.gz")
+
+
+ENTRIES = st.lists(
+    st.none()
+    | st.text(max_size=4)
+    | st.dictionaries(
+        st.sampled_from(["image", "label", "subject", "session", "scanner", "units"]),
+        st.none() | st.integers() | st.text(max_size=4) | st.just("in_1.nii.gz"),
+    ),
+    max_size=3,
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.dictionaries(
+        st.sampled_from(["training", "validation", "test", "folds", "units"]),
+        st.none() | st.integers() | ENTRIES,
+    )
+)
+def test_any_list_ends_in_cases_or_one_sentence(tmp_path: Path, content: dict) -> None:
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps(content))
+    for split in ("training", "validation", "test"):
+        with pytest.raises(InputError, match="expected"):  # no pair is whole
+            read_datalist(path, split=split)
+    try:
+        collection = read_collection(path)
+    except InputError as error:
+        assert "expected" in str(error)
+    else:
+        assert collection.problems  # at least that no file is there
