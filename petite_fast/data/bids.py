@@ -73,7 +73,7 @@ def read_tree(root: Path) -> tuple[list[Case], list[Problem]]:
                 text = "the name does not fit the folder; expected sub-<label>[_ses-<label>]..._pet"
                 problems.append(Problem(str(path), text))
                 continue
-            info, wrong = read_sidecar(root, path, weights.get(f"sub-{entities['sub']}"))
+            info, wrong = inherited_sidecar(root, path, weights.get(f"sub-{entities['sub']}"))
             problems += wrong
             scans.append(BidsScan(path, entities, info))
     groups = defaultdict(list)
@@ -94,7 +94,7 @@ def entities_of(path: Path) -> dict[str, str] | None:
     return None if match is None else _entities(match[1])
 
 
-def read_sidecar(
+def inherited_sidecar(
     root: Path, image: Path, weight_kg: float | None = None
 ) -> tuple[PetInfo, list[Problem]]:
     """Merge the sidecars that apply to `image`, from the root of the tree down to its folder.

@@ -102,7 +102,7 @@ class PetInfo:
 
     @property
     def tracer(self) -> str | None:
-        """TracerName; of a file without one, Radiopharmaceutical (older dcm2niix)."""
+        """TracerName; of a file without one, DICOM's Radiopharmaceutical."""
         return _text(self.fields.get("TracerName", self.fields.get("Radiopharmaceutical")))
 
     @property

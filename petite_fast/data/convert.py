@@ -23,7 +23,7 @@ from petite_fast.data.derivatives import BIDS_VERSION, DESCRIPTION
 from petite_fast.data.splits import FILE_NAME, Splits
 from petite_fast.data.volume import read_volume, write_like
 from petite_fast.errors import InputError
-from petite_fast.files import atomic_write, write_json
+from petite_fast.files import atomic_folder, write_json
 
 _KEPT_ENTITIES = ("task", "trc", "run")  # those of a pair that tell its scans from others
 _PASSED_ON = ("name", "scanner", "units", "roi", "matrix", "spacing")
@@ -44,7 +44,7 @@ def convert(source: Path, out: Path, layout: Layout, seed: int | None = None) ->
 
     Args:
         source: a data set that `read_collection` reads.
-        out: a folder that is empty or not there. The file that makes it a data set is written last.
+        out: a folder that is empty or not there; it appears only when complete.
         layout: what to write.
         seed: split the subjects anew with it; None keeps the splits of `source`.
 
@@ -78,13 +78,14 @@ def convert(source: Path, out: Path, layout: Layout, seed: int | None = None) ->
         "decathlon": _write_decathlon,
         "nnunet": _write_nnunet,
     }
-    write[layout](kept, splits, out, collection)
+    with atomic_folder(out) as folder:
+        write[layout](kept, splits, folder, collection)
     left_out = len(named) - len(kept)
     return [f"{left_out} of {len(named)} cases are no pair and were left out"] if left_out else []
 
 
 def _write_decathlon(named: list[_Named], splits: Splits, out: Path, source: Collection) -> None:
-    lists: dict[str, list[dict[str, str]]] = {"training": [], "test": []}
+    lists: dict[str, list[dict[str, str]]] = {"training": []}
     about = _about(named, source)
     for n in named:
         entry = {"subject": n.subject}
@@ -99,13 +100,15 @@ def _write_decathlon(named: list[_Named], splits: Splits, out: Path, source: Col
             value = getattr(n.case, key)
             if key not in about and value not in (None, "unknown"):
                 entry[key] = value
-        lists["test" if n.subject in splits.test else "training"].append(entry)
-    write_json(out / "dataset.json", about | lists | {"folds": splits.to_json()["folds"]})
+        key = "test" if n.subject in splits.test else "training"
+        lists.setdefault(key, []).append(entry)
+    folds = {"folds": splits.to_json()["folds"]} if splits.folds else {}
+    write_json(out / "dataset.json", about | lists | folds)
 
 
 def _write_nnunet(named: list[_Named], splits: Splits, out: Path, source: Collection) -> None:
     about = _about(named, source)
-    (out / "imagesTr").mkdir(parents=True)  # there, even if every subject is in the test
+    (out / "imagesTr").mkdir()  # there, even if every subject is in the test
     training = 0
     for n in named:
         part = "Ts" if n.subject in splits.test else "Tr"
@@ -148,10 +151,10 @@ def _write_bids(named: list[_Named], splits: Splits, out: Path, source: Collecti
                 weights[n.subject] = info.weight_kg
     subjects = sorted({n.subject for n in named})
     rows = ["participant_id\tweight", *(f"{s}\t{weights.get(s, 'n/a')}" for s in subjects)]
-    _write_text(out / "participants.tsv", "\n".join(rows))
+    (out / "participants.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     write_json(out / "participants.json", {"weight": {"Description": "Body weight", "Units": "kg"}})
-    _write_text(out / "README", "PET scan pairs: rec-short is the short scan of rec-standard.")
-    _write_text(out / ".bidsignore", FILE_NAME)
+    (out / "README").write_text("PET scan pairs: rec-short is the short scan of rec-standard.\n")
+    (out / ".bidsignore").write_text(f"{FILE_NAME}\n")
     write_json(out / FILE_NAME, splits.to_json())
     name = str(source.about.get("name", "PET scan pairs"))
     write_json(out / DESCRIPTION, {"Name": name, "BIDSVersion": BIDS_VERSION, "DatasetType": "raw"})
@@ -214,8 +217,3 @@ def _safe(labels: list[str], key: str) -> dict[str, str]:
 def _copy(source: Path, target: Path) -> None:
     volume = read_volume(source)
     write_like(volume, volume.array, target)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")

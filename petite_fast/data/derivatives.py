@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from petite_fast._version import __version__
-from petite_fast.data.bids import entities_of, read_sidecar
+from petite_fast.data.bids import entities_of, inherited_sidecar
 from petite_fast.files import write_json
 
 BIDS_VERSION = "1.10.0"
@@ -51,7 +51,7 @@ def write_provenance(image: Path, result: Path, out: Path, provenance: Mapping[s
     root = image.parent
     if image.parts[-1 - len(folders) : -1] == folders:
         root = image.parents[len(folders)]
-    info, _ = read_sidecar(root, image)
+    info, _ = inherited_sidecar(root, image)
     sidecar = {
         "Description": "Standard scan, estimated from the short scan named in Sources",
         "Sources": [f"bids:raw:{'/'.join((*folders, image.name))}"],

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from petite_fast.data.bids_sidecar import faults
 from petite_fast.data.cases import Case, Problem
 from petite_fast.data.collection import Collection, read_collection
@@ -38,7 +40,7 @@ def validate(data: Path) -> tuple[Collection, list[Problem]]:
     collection = read_collection(data)
     found = [*collection.problems, *_split_problems(collection), *_unit_problems(collection)]
     spacings: dict[str, dict[tuple[float, ...], list[Path]]] = defaultdict(dict)
-    contents: dict[str, list[Path]] = defaultdict(list)
+    contents: dict[str, list[tuple[str, Path]]] = defaultdict(list)
     for case in collection.cases:
         volumes = {}
         for key, path in (("image", case.image), ("label", case.label)):
@@ -52,7 +54,9 @@ def validate(data: Path) -> tuple[Collection, list[Problem]]:
             if path is None or volume is None:
                 continue
             volumes[key] = volume
-            contents[_digest(volume)].append(path)
+            files = contents[_digest(volume)]
+            if (key, path) not in files or key == "image":  # doses may share a standard scan
+                files.append((key, path))
             _group(spacings[case.scanner], volume.spacing, path)
         if len(volumes) == 2 and not same_grid(volumes["image"], volumes["label"]):
             grids = " and ".join(grid_text(volume) for volume in volumes.values())
@@ -88,7 +92,7 @@ def _frames(volume: Volume) -> int:
 def _digest(volume: Volume) -> str:
     """Equal for equal voxels, however they are stored or compressed."""
     digest = hashlib.sha256(str(volume.array.shape).encode())
-    digest.update(volume.array.data)
+    digest.update(np.ascontiguousarray(volume.array).data)
     return digest.hexdigest()
 
 
@@ -115,11 +119,12 @@ def _spacing_problems(
             yield Problem(f"scanner {scanner}", text)
 
 
-def _duplicates(contents: dict[str, list[Path]]) -> Iterator[Problem]:
-    for paths in contents.values():
-        if len(paths) > 1:
-            others = ", ".join(map(str, paths[1:]))
-            yield Problem(str(paths[0]), f"the same voxels as in {others}; expected each scan once")
+def _duplicates(contents: dict[str, list[tuple[str, Path]]]) -> Iterator[Problem]:
+    for files in contents.values():
+        if len(files) > 1:
+            first, *others = (str(path) for _, path in files)
+            text = f"the same voxels as in {', '.join(others)}; expected each scan once"
+            yield Problem(first, text)
 
 
 def _split_problems(collection: Collection) -> Iterator[Problem]:

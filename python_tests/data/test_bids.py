@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pet_trees import NEW_DCM2NIIX, SIDECAR, bids_tree, nnunet_folder, save, save_json, scan
 
-from petite_fast.data.bids import entities_of, read_sidecar, read_tree
+from petite_fast.data.bids import entities_of, inherited_sidecar, read_tree
 from petite_fast.data.bids_sidecar import PetInfo, faults
 from petite_fast.data.collection import find_layout, read_collection, read_inputs, read_pairs
 from petite_fast.errors import InputError
@@ -54,7 +54,7 @@ def test_the_nearer_sidecar_wins_and_foreign_entities_do_not_apply(tmp_path: Pat
     save_json(tmp_path / "trc-PIB_pet.json", {"Units": "PIB"})
     save_json(tmp_path / "sub-01" / "sub-01_pet.json", {"Units": "c"})
     save_json(image.parent / "sub-01_ses-b_pet.json", {"Units": "ses-b"})
-    found, problems = read_sidecar(tmp_path, image)
+    found, problems = inherited_sidecar(tmp_path, image)
     assert problems == [] and found.fields == {"Units": "c", "TracerName": "b", "A": 1}
 
 

@@ -166,6 +166,11 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     save_json(source, {"training": entries[:3], "validation": entries[3:]})  # 1 subject in both
     with pytest.raises(InputError, match="MILLER1 in training and validation"):
         convert(source, tmp_path / "b", "bids")
+    save_json(source, {"training": entries})
+    (tmp_path / "a" / entries[3]["label"]).write_text("no longer a volume")
+    with pytest.raises(InputError, match="_3_std.nii.gz: the file is not gzip"):
+        convert(source, tmp_path / "b", "bids")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]  # nothing half-written
     save_json(source, {"training": []})
     with pytest.raises(InputError, match="nothing to convert"):
         convert(source, tmp_path / "b", "bids")

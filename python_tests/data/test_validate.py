@@ -94,6 +94,17 @@ def test_units_and_files_of_lists(tmp_path: Path) -> None:
     assert '"training" is no list' in found and "no entry names a file" in found
 
 
+def test_doses_may_share_a_standard_scan(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        save(tmp_path / f"{number}.nii.gz", scan(number))
+    entries = [{"image": f"{k}.nii.gz", "label": "3.nii.gz", "subject": "s"} for k in (1, 2)]
+    path = save_json(tmp_path / "dataset.json", {"training": entries, "units": "SUVbw"})
+    assert fatal(path) == []
+    save_json(path, {"training": [*entries, entries[0]], "units": "SUVbw"})
+    (problem,) = fatal(path)
+    assert problem.startswith(f"{tmp_path / '1.nii.gz'}: the same voxels as in")
+
+
 def test_a_pair_of_one_image_is_a_duplicate_and_nnunet_is_looked_at(tmp_path: Path) -> None:
     root = nnunet_folder(tmp_path)
     assert fatal(root) == []
