@@ -33,6 +33,8 @@ SIDECAR: dict[str, Any] = {
     "ImageDecayCorrectionTime": 0,
     "ReconMethodName": "OSEM",
     "ReconMethodParameterLabels": ["subsets", "iterations"],
+    "ReconMethodParameterUnits": ["none", "none"],
+    "ReconMethodParameterValues": [21, 2],
     "ReconFilterType": "none",
     "AttenuationCorrection": "CT",
 }

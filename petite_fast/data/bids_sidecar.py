@@ -48,6 +48,8 @@ REQUIRED = (
     "ImageDecayCorrectionTime",
     "ReconMethodName",
     "ReconMethodParameterLabels",
+    "ReconMethodParameterUnits",
+    "ReconMethodParameterValues",
     "ReconFilterType",
     "AttenuationCorrection",
 )
@@ -69,14 +71,13 @@ KEPT_FIELDS = frozenset(REQUIRED) | {
     "RadionuclidePositronFraction",
     "IsotopeHalfLife",
     "ReconFilterSize",
-    "ReconMethodParameterUnits",
-    "ReconMethodParameterValues",
     "AttenuationCorrectionMethod",
     "InjectionEnd",
     "TracerMolecularWeight",
     "TracerMolecularWeightUnits",
     "MolarActivity",
     "MolarActivityUnits",
+    "SkullStripped",
 }
 
 

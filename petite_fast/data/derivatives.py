@@ -55,6 +55,7 @@ def write_provenance(image: Path, result: Path, out: Path, provenance: Mapping[s
     sidecar = {
         "Description": "Standard scan, estimated from the short scan named in Sources",
         "Sources": [f"bids:raw:{'/'.join((*folders, image.name))}"],
+        "SkullStripped": False,  # asked for by BIDS; the network sets no voxel to zero
         **info.shareable(),
         "PetiteFast": dict(provenance),
     }

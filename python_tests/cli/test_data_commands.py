@@ -74,6 +74,7 @@ def test_a_tree_is_reconstructed_into_derivatives_and_evaluated(
     sidecar = json.loads(written.with_name(f"{name}.json").read_text())
     assert sidecar["Units"] == "Bq/mL" and sidecar["FrameDuration"] == [300]
     assert sidecar["Sources"] == [f"bids:raw:sub-02/ses-1/pet/{source.name}"]
+    assert sidecar["SkullStripped"] is False
     made = sidecar["PetiteFast"]
     base = state_sha256(load_network(project.base).generator.state_dict())
     assert made["base_sha256"] == base != made["network_sha256"]
