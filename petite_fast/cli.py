@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from petite_fast import cli_data
 from petite_fast.errors import InputError
 from petite_fast.training.interrupt import TrainingInterrupted
 from petite_fast.training.options import (
@@ -59,6 +60,7 @@ from petite_fast.training.options import (
     train_settings,
     training_data,
 )
+from petite_fast.training.options import examples as _examples
 
 if TYPE_CHECKING:
     from petite_fast.training.loop import TrainReport
@@ -74,10 +76,6 @@ app = typer.Typer(
 _out = Console()
 _err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 _state = {"debug": False}
-
-
-def _examples(*lines: str) -> str:
-    return "\n\n".join(["Examples:", *(f"petite-fast {line}" for line in lines)])
 
 
 @app.callback()
@@ -192,27 +190,27 @@ def finetune(
     epilog=_examples(
         "reconstruct scan.nii.gz --base runs/base --adapter runs/63 --out out",
         "reconstruct data/63/dataset.json --fold 0 --base runs/base --adapter runs/63 --out out",
+        "reconstruct bids --base runs/base --out bids/derivatives/petite_fast",
     )
 )
 def reconstruct(
-    scans: Annotated[Path, typer.Argument(help="NIfTI file, folder of them, or dataset JSON.")],
+    scans: Annotated[Path, typer.Argument(help="NIfTI file, folder of them, or data set.")],
     base: Base,
-    out: Annotated[Path, typer.Option(help="Folder for NAME_desc-petite.nii.gz.")],
+    out: Annotated[Path, typer.Option(help="Folder for results; of BIDS, a derivative set.")],
     adapter: Adapter = None,
     fold: Fold = None,
-    split: Annotated[Split, typer.Option(help="Half of the JSON's fold.")] = Split.validation,
+    split: Annotated[Split | None, typer.Option(help="Which subjects of a data set.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Turn short scans into standard ones, each on its own grid and in its own units."""
+    from petite_fast.data.collection import find_layout, read_inputs
     from petite_fast.training import inference, tasks
 
-    if scans.suffix == ".json":
-        from petite_fast.data import read_datalist
-
-        inputs = [pair.image for pair in read_datalist(scans, fold, split.value)]
-        inference.check_distinct(inputs)
-    else:
+    if find_layout(scans) is None:
         inputs = inference.find_inputs(scans)
+    else:
+        inputs = read_inputs(scans, fold, split.value if split else None)
+        inference.check_distinct(inputs)
     reconstructor = tasks.load_reconstructor(base, adapter, device_name(device))
     for path in inputs:
         _say(str(reconstructor.file(path, out)))
@@ -226,10 +224,10 @@ def reconstruct(
 )
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder from reconstruct, or one NIfTI.")],
-    data: Annotated[Path | None, typer.Option(help="Dataset JSON, with a folder.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Data set, with a folder.")] = None,
     target: Annotated[Path | None, typer.Option(help="Standard scan, with one NIfTI.")] = None,
     fold: Fold = None,
-    split: Annotated[Split, typer.Option(help="Half of the JSON's fold.")] = Split.validation,
+    split: Annotated[Split, typer.Option(help="Which subjects.")] = Split.validation,
     nrmse: Annotated[Denominator, typer.Option(help="Denominator.")] = Denominator.range,
     published: Annotated[
         bool, typer.Option("--published", help="The paper's formulas on min-max scaled volumes.")
@@ -237,7 +235,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
 ) -> None:
     """PSNR, SSIM and NRMSE against the standard scans, per subject and overall."""
-    from petite_fast.data import read_datalist
+    from petite_fast.data import read_pairs
     from petite_fast.files import write_json
     from petite_fast.training.evaluate import Comparison, find_predictions
     from petite_fast.training.evaluate import evaluate as run
@@ -246,7 +244,7 @@ def evaluate(
     if target is not None and data is None:
         comparisons = [Comparison("scan", predictions, target)]
     elif data is not None and target is None:
-        comparisons = find_predictions(read_datalist(data, fold, split.value), predictions)
+        comparisons = find_predictions(read_pairs(data, fold, split.value), predictions)
     else:
         raise InputError("evaluate needs either --data (with a folder) or --target (with a file)")
     report = run(comparisons, denominator=nrmse.value, published=published)
@@ -353,6 +351,9 @@ def demo(
     _out.print(text_table(result.title, result.headings, result.rows))
     for line in result.notes:
         _say(line)
+
+
+app.add_typer(cli_data.commands)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,7 +5,9 @@ themselves, because they need the extra ``app``.
 """
 
 from petite_fast.data.acquisition import Timing, Tracer
-from petite_fast.data.datalist import Pair, read_datalist
+from petite_fast.data.cases import Pair
+from petite_fast.data.collection import read_collection, read_pairs
+from petite_fast.data.datalist import read_datalist
 from petite_fast.data.dataset import PairDataset, PatchDataset, load_pair
 from petite_fast.data.frames import frame_pair, select_frames, to_static
 from petite_fast.data.normalise import Normaliser, ScaleRecord
@@ -36,7 +38,9 @@ __all__ = [
     "frame_pair",
     "get_scanner",
     "load_pair",
+    "read_collection",
     "read_datalist",
+    "read_pairs",
     "read_volume",
     "require_static",
     "same_grid",

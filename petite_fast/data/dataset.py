@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from petite_fast.data.datalist import Pair
+from petite_fast.data.cases import Pair
 from petite_fast.data.normalise import Normaliser, ScaleRecord, foreground_threshold
 from petite_fast.data.volume import Volume, read_volume, require_static, same_grid
 from petite_fast.errors import InputError
@@ -30,12 +30,13 @@ def load_pair(pair: Pair) -> tuple[Volume, Volume]:
     if not same_grid(image, label):
         raise InputError(
             f"{image.source} and {label.source} are on different grids"
-            f" ({_grid(image)} and {_grid(label)}); expected the same shape and affine"
+            f" ({grid_text(image)} and {grid_text(label)}); expected the same shape and affine"
         )
     return image, label
 
 
-def _grid(volume: Volume) -> str:
+def grid_text(volume: Volume) -> str:
+    """Shape, voxel size and origin in words, for messages."""
     shape = "x".join(map(str, volume.shape))
     spacing = "x".join(f"{mm:.4g}" for mm in volume.spacing)
     origin = ", ".join(f"{mm:.5g}" for mm in volume.affine[:3, 3])

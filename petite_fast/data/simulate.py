@@ -26,6 +26,7 @@ from scipy.ndimage import gaussian_filter
 
 from petite_fast.data.phantom import Subject, load_tissue
 from petite_fast.data.scanners import Scanner, get_scanner
+from petite_fast.data.splits import Splits, deal
 from petite_fast.data.thinning import thin
 from petite_fast.data.volume import write_volume
 from petite_fast.errors import InputError
@@ -76,7 +77,8 @@ def simulate(
     stem = zlib.crc32(model.tag.encode())  # a number that is the same on every machine
     names = [f"sub-{k:02d}" for k in range(1, subjects + 1)]
     shuffled = np.random.default_rng((seed, stem)).permutation(subjects)
-    fold_of = {names[k]: position % FOLDS for position, k in enumerate(shuffled)}
+    folds = deal([names[k] for k in shuffled], FOLDS)
+    fold_of = {name: number for number, fold in enumerate(folds) for name in fold.validation}
     entries = []
     for k, name in enumerate(names, start=1):
         rng = np.random.default_rng((seed, stem, k))
@@ -100,13 +102,7 @@ def simulate(
             "seed": seed,
             "reduce": reduce,
             "training": entries,
-            "folds": [
-                {
-                    "training": [name for name in names if fold_of[name] != fold],
-                    "validation": [name for name in names if fold_of[name] == fold],
-                }
-                for fold in range(FOLDS)
-            ],
+            "folds": Splits(folds).to_json()["folds"],
         },
     )
     return listing

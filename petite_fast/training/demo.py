@@ -91,7 +91,7 @@ def run_demo(
     tell(f"simulating scanners {plan.source} and {plan.target}")
     source = _simulated(out, plan, plan.source, plan.source_subjects)
     target = _simulated(out, plan, plan.target, plan.target_subjects)
-    held_out = read_datalist(target.json, _FOLD, "validation")
+    held_out = read_datalist(target.source, _FOLD, "validation")
 
     tell(f"pretraining on scanner {plan.source}, {plan.pretrain_steps} steps")
     base = out / "base"

@@ -31,7 +31,7 @@ def find_predictions(pairs: Sequence[Pair], folder: Path) -> list[Comparison]:
     Raises:
         InputError: some are not there (all are listed).
     """
-    found = [Comparison(p.subject, output_path(p.image, folder), p.label) for p in pairs]
+    found = [Comparison(p.name, output_path(p.image, folder), p.label) for p in pairs]
     missing = [str(c.prediction) for c in found if not c.prediction.is_file()]
     if missing:
         raise InputError(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from petite_fast.data.derivatives import LABEL, derivative_path, write_provenance
 from petite_fast.data.normalise import Normaliser
 from petite_fast.data.volume import read_volume, require_static, write_like
 from petite_fast.errors import InputError
 
-SUFFIX = "_desc-petite"
+SUFFIX = f"_desc-{LABEL}"
 _DIVISOR = 16  # the generator halves its grid four times
 _WINDOWS_PER_CALL = 4
 
@@ -29,11 +31,13 @@ class Reconstructor:
         patch: sides of the sliding window in voxels, those of training; each is rounded up to a
             multiple of 16.
         normaliser: the one the network was trained with.
+        provenance: how results are made, JSON-able; it goes beside the result of a BIDS image.
     """
 
     network: nn.Module
     patch: tuple[int, int, int]
     normaliser: Normaliser
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def array(self, short: np.ndarray, where: str | Path = "the input") -> np.ndarray:
         """Reconstruct [X, Y, Z] float32, any sides, in the units of `short`.
@@ -71,17 +75,27 @@ class Reconstructor:
     def file(self, path: Path, out: Path) -> Path:
         """Reconstruct one NIfTI into folder `out`, on its own grid; the file written.
 
+        With an image of a BIDS name, `out` is a derivative data set; see
+        `petite_fast.data.derivatives`.
+
         Raises:
             InputError: the file cannot be used; see `read_volume`.
             OSError: the result cannot be written; nothing is left behind.
         """
         volume = require_static(read_volume(path))
-        return write_like(volume, self.array(volume.array, path), output_path(path, out))
+        array, target = self.array(volume.array, path), output_path(path, out)
+        if derivative_path(path, out) is not None:
+            # the sidecar first: where there is a result, it says where that came from
+            write_provenance(path, target, out, self.provenance)
+        return write_like(volume, array, target)
 
 
 def output_path(path: Path, out: Path) -> Path:
-    """Where the reconstruction of `path` goes: its own stem, so nothing from the header leaks."""
-    return out / f"{_stem(path)}{SUFFIX}.nii.gz"
+    """Where the reconstruction of `path` goes: its own stem, so nothing from the header leaks.
+
+    A BIDS-PET name gives ``sub-*/[ses-*/]pet/*_desc-petite_pet.nii.gz``.
+    """
+    return derivative_path(path, out) or out / f"{_stem(path)}{SUFFIX}.nii.gz"
 
 
 def find_inputs(path: Path) -> list[Path]:

@@ -55,10 +55,11 @@ class Denominator(str, Enum):
 
 
 class Split(str, Enum):
-    """Halves of a fold."""
+    """Halves of a fold, and the subjects of none."""
 
     training = "training"
     validation = "validation"
+    test = "test"
 
 
 class MemoryMode(str, Enum):
@@ -69,8 +70,12 @@ class MemoryMode(str, Enum):
     checkpoint = "checkpoint"
 
 
-Data = Annotated[Path, typer.Option(help="Dataset JSON (decathlon style, as simulate writes).")]
-Fold = Annotated[int | None, typer.Option(help="Fold of the JSON; without it every pair.")]
+Data = Annotated[
+    Path, typer.Option(help="Dataset JSON (decathlon), BIDS-PET tree or nnU-Net raw folder.")
+]
+Fold = Annotated[
+    int | None, typer.Option(help="Fold, from 0; without it every pair but those of the test.")
+]
 Out = Annotated[Path, typer.Option(help="Run folder.")]
 Steps = Annotated[int, typer.Option(help="Optimiser steps.")]
 Batch = Annotated[int, typer.Option(help="Patches per step.")]
@@ -158,6 +163,11 @@ Base = Annotated[Path, typer.Option(help="Base network: a run folder or a publis
 Adapter = Annotated[Path | None, typer.Option(help="Adapter folder, from finetune.")]
 
 
+def examples(*lines: str) -> str:
+    """The epilogue of a command's help: command lines without "petite-fast"."""
+    return "\n\n".join(["Examples:", *(f"petite-fast {line}" for line in lines)])
+
+
 def training_data(
     data: Path, fold: int | None, patch: str | None, normalisation: Normalisation | None
 ) -> TrainingData:
@@ -165,7 +175,7 @@ def training_data(
     from petite_fast.training.scans import TrainingData
 
     return TrainingData(
-        json=data,
+        source=data,
         fold=fold,
         patch=numbers("--patch", patch, 3) if patch else None,
         normalisation=normalisation.value if normalisation else None,

@@ -44,6 +44,7 @@ from petite_fast.training.inference import Reconstructor
 from petite_fast.training.loop import TrainReport, TrainSettings, train
 from petite_fast.training.memory import Budget
 from petite_fast.training.objectives import GANObjective, L1Objective, MSEObjective, Objective
+from petite_fast.training.provenance import provenance
 from petite_fast.training.scans import DEFAULT_PATCH, TrainingData
 
 
@@ -276,6 +277,7 @@ def load_reconstructor(
         network.to(device).eval(),
         _patch(loaded, metadata),
         Normaliser(metadata.get("normalisation", "paired")),
+        provenance(network, metadata),
     )
 
 

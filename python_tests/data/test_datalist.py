@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from petite_fast.data import Pair, read_datalist
+from petite_fast.data import Pair, read_collection, read_datalist
 from petite_fast.errors import InputError
 
 WriteList = Callable[..., Path]
@@ -111,8 +113,30 @@ def test_missing_json(tmp_path: Path) -> None:
 
 
 def test_split_is_checked(write_list: WriteList) -> None:
-    with pytest.raises(ValueError, match="'test'"):
-        read_datalist(write_list(), 0, "test")
+    with pytest.raises(ValueError, match="'holdout'"):
+        read_datalist(write_list(), 0, "holdout")
+
+
+def test_the_test_is_the_same_in_every_fold(write_list: WriteList, pairs: list[Pair]) -> None:
+    entries = [
+        {"image": p.image.name, "label": p.label.name, "subject": p.subject, "session": "ses-1"}
+        for p in pairs
+    ]
+    folds = [{"training": ["sub-01", "sub-02"], "validation": ["sub-03"]}]
+    path = write_list(training=entries[:3], test=entries[3:], folds=folds)
+    assert [p.name for p in read_datalist(path, 0, "test")] == ["sub-04_ses-1", "sub-05_ses-1"]
+    assert [p.subject for p in read_datalist(path, split="test")] == ["sub-04", "sub-05"]
+    assert [p.subject for p in read_datalist(path)] == ["sub-01", "sub-02", "sub-03"]
+
+
+@pytest.mark.parametrize("key", ["validation", "test"])
+def test_a_subject_in_two_lists_is_refused(
+    write_list: WriteList, pairs: list[Pair], key: str
+) -> None:
+    entries = [{"image": p.image.name, "label": p.label.name, "subject": "sub-A"} for p in pairs]
+    path = write_list(folds=None, training=entries[:2], **{key: entries[2:]})
+    with pytest.raises(InputError, match=f"sub-A in training and .*{key}; expected each subject"):
+        read_datalist(path, split=key)
 
 
 def test_monai_reads_the_same_file(write_list: WriteList, pairs: list[Pair]) -> None:
@@ -120,3 +144,37 @@ def test_monai_reads_the_same_file(write_list: WriteList, pairs: list[Pair]) -> 
     entries = data.load_decathlon_datalist(str(write_list()), data_list_key="training")
     assert [Path(e["image"]).resolve() for e in entries] == [p.image.resolve() for p in pairs]
     assert json.loads(json.dumps(entries[0]))["label"].endswith("out_1.nii.gz")
+
+
+ENTRIES = st.lists(
+    st.none()
+    | st.text(max_size=4)
+    | st.dictionaries(
+        st.sampled_from(["image", "label", "subject", "session", "scanner", "units"]),
+        st.none() | st.integers() | st.text(max_size=4) | st.just("in_1.nii.gz"),
+    ),
+    max_size=3,
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.dictionaries(
+        st.sampled_from(["training", "validation", "test", "folds", "units"]),
+        st.none() | st.integers() | ENTRIES,
+    )
+)
+def test_any_list_ends_in_cases_or_one_sentence(tmp_path: Path, content: dict) -> None:
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps(content))
+    for split in ("training", "validation", "test"):
+        with pytest.raises(InputError, match="expected"):  # no pair is whole
+            read_datalist(path, split=split)
+    try:
+        collection = read_collection(path)
+    except InputError as error:
+        assert "expected" in str(error)
+    else:
+        assert collection.problems  # at least that no file is there
