@@ -152,6 +152,11 @@ Base = Annotated[Path, typer.Option(help="Base network: a run folder or a publis
 Adapter = Annotated[Path | None, typer.Option(help="Adapter folder, from finetune.")]
 
 
+def examples(*lines: str) -> str:
+    """The epilogue of a command's help: command lines without "petite-fast"."""
+    return "\n\n".join(["Examples:", *(f"petite-fast {line}" for line in lines)])
+
+
 def training_data(
     data: Path, fold: int | None, patch: str | None, normalisation: Normalisation | None
 ) -> TrainingData:
