@@ -17,6 +17,7 @@ from petite_fast.report.paper import write_figures
 from petite_fast.report.run import COLOURS, Run, read_run, title_of
 from petite_fast.report.svg import agreement_limits, bland_altman, box_plot, loss_curve
 from petite_fast.report.volumes import Shown, choose, difference_maps, viewer_data
+from petite_fast.training.evaluate import METRICS
 from petite_fast.training.record import INPUT, TARGET, View
 
 
@@ -241,7 +242,10 @@ def _definitions(run: Run) -> str:
     rows = {**terms, "units": run.units, "input": "the short scan, as it came"}
     if INPUT not in run.methods:
         del rows["input"]
-    body = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows.items())
+    body = "".join(
+        f"<dt>{escape(k.upper() if k in METRICS else k)}</dt><dd>{escape(v)}</dd>"
+        for k, v in rows.items()
+    )
     return _section("How the numbers are defined", "", f'<dl class="terms">{body}</dl>')
 
 
@@ -255,7 +259,8 @@ def _plots(plots: Sequence[tuple[str, str]]) -> str:
         f"<figure>{f'<h3>{_key(n)}{escape(title_of(n))}</h3>' if n else ''}{svg}</figure>"
         for n, svg in plots
     )
-    return f'<div class="plots">{"".join(made)}</div>'
+    columns = 4 if len(plots) % 4 == 0 else 3
+    return f'<div class="plots" style="--columns:{columns}">{"".join(made)}</div>'
 
 
 def _table(headings: Sequence[str], rows: Sequence[str]) -> str:

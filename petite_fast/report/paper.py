@@ -12,6 +12,7 @@ from petite_fast.report.svg import agreement, percent_difference
 from petite_fast.report.volumes import Shown, panels
 from petite_fast.training.figures import comparison_figure
 
+_PICTURES = 3
 _METRICS = {
     "psnr": "PSNR [dB]",
     "ssim": "SSIM",
@@ -22,7 +23,7 @@ _METRICS = {
 
 
 def write_figures(run: Run, shown: list[Shown]) -> list[Path]:
-    """Write losses.png, metrics.png, bland_altman.png and a picture per subject to RUN/figures.
+    """Write losses.png, metrics.png, bland_altman.png and three subjects' pictures to RUN/figures.
 
     Raises:
         OSError: a file cannot be written.
@@ -34,7 +35,7 @@ def write_figures(run: Run, shown: list[Shown]) -> list[Path]:
     if run.methods:
         written.append(_save(_metrics(run), folder / "metrics.png"))
         written.append(_save(_bland_altman(run), folder / "bland_altman.png"))
-    for position, view in shown:
+    for position, view in shown[:_PICTURES]:
         path = folder / f"differences_{position + 1:03d}.png"
         comparison_figure(panels(view), view.spacing, path, units=run.units)
         written.append(path)

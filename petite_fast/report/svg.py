@@ -8,8 +8,9 @@ from html import escape
 
 from matplotlib.ticker import MaxNLocator
 
-_WIDTH, _HEIGHT = 360, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 12, 42
+_WIDTH, _HEIGHT = 300, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 8, 12, 42
+_LINE = 12
 _CURVE_POINTS = 400
 
 
@@ -41,7 +42,9 @@ class Chart:
             value: _number(value) for value in _ticks(*x)
         }
         for value, name in named.items():
-            self._text(self._px(value), _HEIGHT - _BOTTOM + 16, name, "middle")
+            for row, word in enumerate(name.split(" ")):
+                below = _HEIGHT - _BOTTOM + 16 + row * _LINE
+                self._text(self._px(value), below, word, "middle")
         self._text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, x_label, "middle", "label")
         middle = (_TOP + _HEIGHT - _BOTTOM) / 2
         self._parts.append(
@@ -223,7 +226,8 @@ def loss_curve(title: str, columns: Sequence[tuple[str, str, Sequence[float]]]) 
             for i in range(0, steps, block)
         ]
         chart.curve(means, "curve", colour)
-        chart.note((max(steps, 2), means[-1][1]), name, colour)
+        if len(columns) > 1:
+            chart.note((max(steps, 2), means[-1][1]), name, colour)
     return chart.svg()
 
 
@@ -234,7 +238,7 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    ticks = MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(low, high)
+    ticks = MaxNLocator(nbins=5, steps=[1, 2, 5, 10], min_n_ticks=3).tick_values(low, high)
     return [float(t) for t in ticks if low <= t <= high]
 
 

@@ -1,5 +1,5 @@
 // The three-plane viewer. Volumes are uint8 [X, Y, Z], X to the patient's right, Y to anterior,
-// Z to superior; a voxel v is v / 255 * subject.top in data.units.
+// Z to superior; a voxel v is (v - data.zero) / (255 - data.zero) * subject.top in data.units.
 "use strict";
 (() => {
   const $ = (id) => document.getElementById(id);
@@ -16,6 +16,7 @@
   const RED = [178, 24, 43];
   const BLUE = [33, 102, 172];
 
+  const percent = (steps) => (100 * steps) / (255 - data.zero); // of subject.top
   const state = { subject: null, method: "", index: [0, 0, 0], level: 50, width: 100 };
   const decoded = new Map(); // voxels by subject and volume, decoded when first shown
 
@@ -139,7 +140,7 @@
     const table = new Uint32Array(256);
     const low = state.level - state.width / 2;
     for (let v = 0; v < 256; v++) {
-      const share = Math.min(Math.max(((v / 255) * 100 - low) / state.width, 0), 1);
+      const share = Math.min(Math.max((percent(v - data.zero) - low) / state.width, 0), 1);
       const grey = Math.round(255 * (1 - share));
       table[v] = opaque(grey, grey, grey);
     }
@@ -149,14 +150,22 @@
   function differences() {
     const table = new Uint32Array(511);
     for (let v = -255; v <= 255; v++) {
-      const share = Math.min(Math.max(((v / 255) * 100) / (data.differenceShare * state.width), -1), 1);
+      const share = Math.min(Math.max(percent(v) / (data.differenceShare * state.width), -1), 1);
       const end = share > 0 ? RED : BLUE;
       table[v + 255] = opaque(...end.map((c) => Math.round(255 + (c - 255) * Math.abs(share))));
     }
     return table;
   }
 
+  let waiting = false;
+
   function draw() {
+    if (!waiting) requestAnimationFrame(paint);
+    waiting = true;
+  }
+
+  function paint() {
+    waiting = false;
     const grey = greys();
     const colour = differences();
     const output = voxels(state.method);

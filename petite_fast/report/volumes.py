@@ -14,6 +14,7 @@ from petite_fast.training.record import INPUT, TARGET, View
 
 DIFFERENCE_SHARE = 0.25  # of the window: where the colours of a difference end
 
+_ZERO = 51  # voxel value of zero: a quarter of `top` below it is kept, outputs can be negative
 _BUDGET = 18 * 1024**2  # bytes of voxels in a page, a third more as base64
 _WANTED_SUBJECTS = 3
 _SMALLEST_SIDE = 64
@@ -54,10 +55,11 @@ def choose(run: Run) -> list[Shown]:
 
 
 def viewer_data(run: Run, shown: list[Shown]) -> dict[str, Any]:
-    """What viewer.js reads: voxels as base64 of uint8 [X, Y, Z], 255 = `top` in `units`."""
+    """What viewer.js reads: base64 of uint8 [X, Y, Z], "zero" for 0 and 255 for `top`."""
     return {
         "units": run.units,
         "titles": {name: title_of(name) for name in shown[0].view.volumes},
+        "zero": _ZERO,
         "differenceShare": DIFFERENCE_SHARE,
         "subjects": [
             {
@@ -121,7 +123,7 @@ def _size(view: View) -> int:
 
 
 def _bytes(volume: np.ndarray) -> bytes:
-    scaled = np.clip(np.rint(volume.astype(np.float32) * 255.0), 0, 255)
+    scaled = np.clip(np.rint(volume.astype(np.float32) * (255 - _ZERO) + _ZERO), 0, 255)
     return scaled.astype(np.uint8).tobytes()
 
 
