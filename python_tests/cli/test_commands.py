@@ -19,8 +19,8 @@ from safetensors.numpy import load_file
 
 TRAIN = ("--fold", "0", "--patch", "16,16,16", "--batch", "2", "--steps", "3")
 COMMANDS = (
-    "simulate", "pretrain", "finetune", "reconstruct", "evaluate", "merge", "export", "info", "demo",
-    "report",
+    "simulate", "pretrain", "finetune", "reconstruct", "evaluate", "merge", "export", "info",
+    "demo", "report",
 )  # fmt: skip
 
 
