@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from petite_fast.report import page
 from petite_fast.training.evaluate import Comparison
 from petite_fast.training.record import record
 
@@ -33,6 +34,12 @@ def phantom(seed: int) -> np.ndarray:
     target = 900.0 * inside + seed
     target[8:11, 9:12, 6:8] = 5000.0  # right, anterior, superior
     return target
+
+
+@pytest.fixture
+def no_figures(monkeypatch) -> None:
+    """Leave out the PNG figures, which take longest and which test_figures.py looks at."""
+    monkeypatch.setattr(page, "write_figures", lambda run, shown: [])
 
 
 @pytest.fixture

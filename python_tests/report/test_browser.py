@@ -18,7 +18,10 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium (apt-get install chromium)")
+pytestmark = [
+    pytest.mark.usefixtures("no_figures"),
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium (apt-get install chromium)"),
+]
 
 
 @pytest.fixture(scope="module")
