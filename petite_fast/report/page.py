@@ -29,7 +29,12 @@ class _Column(NamedTuple):
     form: str
     best: str
 
+    def text(self, value: float) -> str:
+        """The number as the tables show it, zero without a minus."""
+        return f"{round(value, int(self.form[-2])) + 0.0:{self.form}}"
 
+
+_MAPS = 3  # subjects with difference maps
 _REGIONS = {"body": "in the body", "mask": "in the masks"}
 
 
@@ -114,7 +119,7 @@ def _summary(run: Run) -> str:
             values = _finite(run.values(method, column.key))
             text = "inf"
             if values:
-                text = f"{statistics.fmean(values):{column.form}}"
+                text = column.text(statistics.fmean(values))
                 if len(values) > 1:
                     spread = f"{statistics.stdev(values):{column.form.lstrip('+')}}"
                     text += f" <small>± {spread}</small>"
@@ -157,8 +162,9 @@ def _viewer(run: Run, shown: list[Shown]) -> str:
 
 def _difference_maps(run: Run, shown: list[Shown]) -> str:
     parts = []
-    for position, view in shown:
-        parts.append(f'<h3>{escape(run.subjects[position])}</h3><div class="maps">')
+    columns = f'style="--columns:{len(run.methods)}"'
+    for position, view in shown[:_MAPS]:
+        parts.append(f'<h3>{escape(run.subjects[position])}</h3><div class="maps" {columns}>')
         for method, uri in difference_maps(view).items():
             name = f"{title_of(method)} − target"
             parts.append(
@@ -167,10 +173,12 @@ def _difference_maps(run: Run, shown: list[Shown]) -> str:
             )
         parts.append("</div>")
     bar = (
-        '<p class="bars">−25 % <i class="bar map" aria-hidden="true"></i> +25 % of the window; '
+        '<p class="bars">−25 % <i class="bar error" aria-hidden="true"></i> +25 % of the window; '
         "red is too much</p>"
     )
-    lead = "Axial slice with the most activity, whole field of view."
+    lead = "Axial slice with the most activity."
+    if len(run.subjects) > 1:
+        lead += " Subjects with the largest NRMSE first."
     return _section("Difference maps", lead, "".join(parts) + bar)
 
 
@@ -229,7 +237,7 @@ def _subjects(run: Run) -> str:
             cells = [first, f'<td class="name">{_key(method)}{escape(title_of(method))}</td>']
             for column in columns:
                 value = run.values(method, column.key)[i]
-                text = "inf" if value is None else f"{value:{column.form}}"
+                text = "inf" if value is None else column.text(value)
                 cells.append(_cell(column.heading, text))
             rows.append(f'<tr class="{"first" if j == 0 else ""}">{"".join(cells)}</tr>')
     table = _table(["Subject", "", *(c.heading for c in columns)], rows)

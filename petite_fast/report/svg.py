@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from html import escape
@@ -9,9 +10,9 @@ from html import escape
 from matplotlib.ticker import MaxNLocator
 
 _WIDTH, _HEIGHT = 300, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 8, 12, 42
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 12, 42
 _LINE = 12
-_CURVE_POINTS = 400
+_CURVE_POINTS, _MEANS = 400, 30
 
 
 class Chart:
@@ -35,12 +36,10 @@ class Chart:
     ) -> None:
         self._title, self._x, self._y = title, x, y
         self._parts: list[str] = []
-        for value in _ticks(*y):
+        for value, name in _ticks(*y).items():
             self.line((x[0], value), (x[1], value), "grid")
-            self._text(_LEFT - 6, self._py(value) + 4, _number(value), "end")
-        named = {float(i): name for i, name in enumerate(x_names)} or {
-            value: _number(value) for value in _ticks(*x)
-        }
+            self._text(_LEFT - 6, self._py(value) + 4, name, "end")
+        named = {float(i): name for i, name in enumerate(x_names)} or _ticks(*x)
         for value, name in named.items():
             for row, word in enumerate(name.split(" ")):
                 below = _HEIGHT - _BOTTOM + 16 + row * _LINE
@@ -48,7 +47,7 @@ class Chart:
         self._text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, x_label, "middle", "label")
         middle = (_TOP + _HEIGHT - _BOTTOM) / 2
         self._parts.append(
-            f'<text class="label" text-anchor="middle" transform="translate(12 {middle}) '
+            f'<text class="label" text-anchor="middle" transform="translate(11 {middle}) '
             f'rotate(-90)">{escape(y_label)}</text>'
         )
         self.line((x[0], y[0]), (x[1], y[0]), "axis")
@@ -173,19 +172,20 @@ def bland_altman(
     """
     points = [((o + t) / 2, percent_difference(o, t)) for o, t in pairs]
     bias, spread = agreement(pairs)
-    x = _padded([p[0] for p in points])
+    low, high = _padded([p[0] for p in points])
+    x = (low, high + 0.25 * (high - low))  # room for the numbers on the lines
     said = f"bias {bias:+.2f} %" + (f", SD {spread:.2f} %" if spread is not None else "")
     chart = Chart(
         f"{name}: {said}", x, limits, f"mean of output and target [{units}]", "output - target [%]"
     )
     chart.line((x[0], 0.0), (x[1], 0.0), "axis")
     chart.line((x[0], bias), (x[1], bias), "bias", colour)
-    chart.note((x[1], bias), f"{bias:+.1f} %", colour)
+    chart.note((x[1], bias), _percent(bias), colour)
     if spread is not None:
         for sign in (-1.96, 1.96):
             end = bias + sign * spread
             chart.line((x[0], end), (x[1], end), "limit", colour)
-            chart.note((x[1], end), f"{end:+.1f} %", colour)
+            chart.note((x[1], end), _percent(end), colour)
     for subject, point in zip(subjects, points, strict=True):
         chart.dot(point, colour, f"{subject}: {point[1]:+.2f} %")
     return chart.svg()
@@ -214,21 +214,28 @@ def agreement_limits(methods: Sequence[Sequence[tuple[float, float]]]) -> tuple[
 
 
 def loss_curve(title: str, columns: Sequence[tuple[str, str, Sequence[float]]]) -> str:
-    """Losses by step: (name, colour, one value per step); long runs are averaged in blocks."""
+    """Losses by step: (name, colour, one value per step), faint, and means of blocks, solid."""
     steps = len(columns[0][2])
     everything = [value for _, _, values in columns for value in values]
     ends = "; ".join(f"{name} from {v[0]:.3g} to {v[-1]:.3g}" for name, _, v in columns)
     chart = Chart(f"{title}: {ends}", (1, max(steps, 2)), _padded(everything), "step", "loss")
-    block = -(-steps // _CURVE_POINTS)
     for name, colour, values in columns:
-        means = [
-            (i + (len(values[i : i + block]) + 1) / 2, statistics.fmean(values[i : i + block]))
-            for i in range(0, steps, block)
-        ]
-        chart.curve(means, "curve", colour)
+        chart.curve(_block_means(values, _CURVE_POINTS), "curve faint", colour)
+        chart.curve(_block_means(values, _MEANS), "curve", colour)
         if len(columns) > 1:
-            chart.note((max(steps, 2), means[-1][1]), name, colour)
+            chart.note((max(steps, 2), max(values)), name, colour)
     return chart.svg()
+
+
+def _block_means(values: Sequence[float], points: int) -> list[tuple[float, float]]:
+    """(middle step, mean) of equal blocks, at most `points` of them; steps count from 1."""
+    block = -(-len(values) // points)
+    blocks = [(i, values[i : i + block]) for i in range(0, len(values), block)]
+    return [(i + (len(part) + 1) / 2, statistics.fmean(part)) for i, part in blocks]
+
+
+def _percent(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f} %"  # + 0.0: no minus in front of zero
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
@@ -237,12 +244,10 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def _ticks(low: float, high: float) -> dict[float, str]:
+    """Round positions within the range, and their numbers with one number of decimals."""
     ticks = MaxNLocator(nbins=5, steps=[1, 2, 5, 10], min_n_ticks=3).tick_values(low, high)
-    return [float(t) for t in ticks if low <= t <= high]
-
-
-def _number(value: float) -> str:
-    if abs(value) >= 10_000:
-        return f"{value:,.0f}"
-    return f"{round(value, 10):g}"
+    decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    return {
+        float(t): f"{round(t, decimals) + 0.0:,.{decimals}f}" for t in ticks if low <= t <= high
+    }

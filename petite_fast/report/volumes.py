@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import image
+from matplotlib.colors import LinearSegmentedColormap
 
 from petite_fast.report.run import Run, title_of
 from petite_fast.training.record import INPUT, TARGET, View
@@ -18,6 +19,8 @@ _ZERO = 51  # voxel value of zero: a quarter of `top` below it is kept, outputs 
 _BUDGET = 18 * 1024**2  # bytes of voxels in a page, a third more as base64
 _WANTED_SUBJECTS = 3
 _SMALLEST_SIDE = 64
+# viewer.js has the same colours
+_BLUE_WHITE_RED = LinearSegmentedColormap.from_list("error", ["#2166ac", "#ffffff", "#b2182b"])
 
 
 class Shown(NamedTuple):
@@ -91,7 +94,7 @@ def difference_maps(view: View) -> dict[str, str]:
             image.imsave(
                 buffer,
                 error[::-1, ::-1].T,
-                cmap="RdBu_r",
+                cmap=_BLUE_WHITE_RED,
                 vmin=-DIFFERENCE_SHARE,
                 vmax=DIFFERENCE_SHARE,
                 format="png",

@@ -100,7 +100,12 @@ def read_record(run: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = [report["subjects"] for report in content["methods"].values()]
-        complete = bool(rows) and bool(rows[0]) and all(len(r) == len(rows[0]) for r in rows)
+        complete = (
+            bool(rows)
+            and bool(rows[0])
+            and all(len(r) == len(rows[0]) for r in rows)
+            and all("uptake" in row for r in rows for row in r)
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         complete = False
     if not complete:
