@@ -209,8 +209,8 @@
   }
 
   function reset() {
-    state.level = 50;
-    state.width = 100;
+    state.width = 100 * state.subject.window;
+    state.level = state.width / 2;
     state.index = [...state.subject.slices];
     $("level").value = state.level;
     $("width").value = state.width;

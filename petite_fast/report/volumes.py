@@ -10,12 +10,14 @@ import numpy as np
 from matplotlib import image
 from matplotlib.colors import LinearSegmentedColormap
 
+from petite_fast.data.normalise import foreground_threshold
 from petite_fast.report.run import Run, title_of
 from petite_fast.training.record import INPUT, TARGET, View
 
 DIFFERENCE_SHARE = 0.25  # of the window: where the colours of a difference end
 
 _ZERO = 51  # voxel value of zero: a quarter of `top` below it is kept, outputs can be negative
+_HEADROOM = 2.5  # the brightest voxel value over the first window's upper end
 _BUDGET = 18 * 1024**2  # bytes of voxels in a page, a third more as base64
 _WANTED_SUBJECTS = 3
 _SMALLEST_SIDE = 64
@@ -58,7 +60,7 @@ def choose(run: Run) -> list[Shown]:
 
 
 def viewer_data(run: Run, shown: list[Shown]) -> dict[str, Any]:
-    """What viewer.js reads: base64 of uint8 [X, Y, Z], "zero" for 0 and 255 for `top`."""
+    """What viewer.js reads: base64 of uint8 [X, Y, Z], "zero" for 0 and 255 for "top"."""
     return {
         "units": run.units,
         "titles": {name: title_of(name) for name in shown[0].view.volumes},
@@ -69,13 +71,27 @@ def viewer_data(run: Run, shown: list[Shown]) -> dict[str, Any]:
                 "name": run.subjects[position],
                 "shape": list(view.volumes[TARGET].shape),
                 "spacing": list(view.spacing),
-                "top": view.top,
-                "slices": list(_brightest(view)),
-                "volumes": {name: _base64(_bytes(v)) for name, v in view.volumes.items()},
+                "top": brightest * view.top,
+                "window": window(view) / brightest,
+                "slices": list(_busiest(view)),
+                "volumes": {
+                    name: _base64(_bytes(v, brightest)) for name, v in view.volumes.items()
+                },
             }
             for position, view in shown
+            for brightest in [min(1.0, _HEADROOM * window(view))]
         ],
     }
+
+
+def window(view: View) -> float:
+    """Brightness that a window begins with, relative to the view's `top`; at most 1.
+
+    The 99th percentile of the target's foreground and a tenth: a bladder does not darken the rest.
+    """
+    target = view.volumes[TARGET].astype(np.float32)
+    foreground = target[target > foreground_threshold(target)]
+    return min(1.0, 1.1 * float(np.percentile(foreground.astype(float), 99)))
 
 
 def difference_maps(view: View) -> dict[str, str]:
@@ -85,7 +101,7 @@ def difference_maps(view: View) -> dict[str, str]:
     look at it: the patient's right is on the left.
     """
     target = view.volumes[TARGET].astype(np.float32)
-    z = _brightest(view)[2]
+    z, end = _busiest(view)[2], DIFFERENCE_SHARE * window(view)
     maps = {}
     for name, volume in view.volumes.items():
         if name != TARGET:
@@ -95,8 +111,8 @@ def difference_maps(view: View) -> dict[str, str]:
                 buffer,
                 error[::-1, ::-1].T,
                 cmap=_BLUE_WHITE_RED,
-                vmin=-DIFFERENCE_SHARE,
-                vmax=DIFFERENCE_SHARE,
+                vmin=-end,
+                vmax=end,
                 format="png",
             )
             maps[name] = f"data:image/png;base64,{_base64(buffer.getvalue())}"
@@ -113,7 +129,7 @@ def panels(view: View) -> dict[str, np.ndarray]:
     }
 
 
-def _brightest(view: View) -> tuple[int, int, int]:
+def _busiest(view: View) -> tuple[int, int, int]:
     """The slice with the most activity across each axis."""
     target = view.volumes[TARGET].astype(np.float32)
     sums = (target.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3))
@@ -125,8 +141,9 @@ def _size(view: View) -> int:
     return len(view.volumes) * view.volumes[TARGET].size
 
 
-def _bytes(volume: np.ndarray) -> bytes:
-    scaled = np.clip(np.rint(volume.astype(np.float32) * (255 - _ZERO) + _ZERO), 0, 255)
+def _bytes(volume: np.ndarray, brightest: float) -> bytes:
+    steps = np.rint(volume.astype(np.float32) * ((255 - _ZERO) / brightest))
+    scaled = np.clip(steps + _ZERO, 0, 255)
     return scaled.astype(np.uint8).tobytes()
 
 

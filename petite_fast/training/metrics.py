@@ -200,5 +200,8 @@ def _window_mean(x: Tensor, weights: Tensor) -> Tensor:
     for axis in range(3):
         length = x.shape[axis] - len(weights) + 1
         # shifted sums: a convolution in float64 would make n copies of the volume
-        x = sum(w * x.narrow(axis, k, length) for k, w in enumerate(weights.tolist()))
+        total = torch.zeros_like(x.narrow(axis, 0, length))
+        for shift, weight in enumerate(weights.tolist()):
+            total.add_(x.narrow(axis, shift, length), alpha=weight)
+        x = total
     return x

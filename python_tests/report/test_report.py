@@ -213,3 +213,13 @@ def test_nothing_to_report(tmp_path) -> None:
         write_report(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
         write_report(tmp_path / "none")
+
+
+def test_a_hot_bladder_does_not_set_the_window() -> None:
+    target = np.full((20, 20, 20), 0.02, np.float16)
+    target[2:5, 2:5, 2:5] = 1.0  # 0.3 % of the voxels, fifty times the rest
+    assert volumes.window(View({"target": target}, (1, 1, 1), 40.0)) == pytest.approx(
+        0.022, rel=0.01
+    )
+    target[:10] = 1.0
+    assert volumes.window(View({"target": target}, (1, 1, 1), 40.0)) == 1.0
