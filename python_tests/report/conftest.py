@@ -44,18 +44,19 @@ def no_figures(monkeypatch) -> None:
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Make a run folder of `subjects` subjects."""
+    """Make a run folder of `subjects` subjects, evaluated for methods of these noises."""
 
-    def make(subjects: int = 2, name: str = "run") -> Path:
-        run = tmp_path / name
-        methods: dict[str, list[Comparison]] = {"input": [], "none": [], "petite": []}
+    def make(subjects: int = 2, noises: dict[str, float] | None = None) -> Path:
+        run = tmp_path / "run"
+        noises = noises or {"input": 400.0, "none": 200.0, "petite": 50.0}
+        methods: dict[str, list[Comparison]] = {name: [] for name in noises}
         for number in range(subjects):
             rng = np.random.default_rng(number)
             target = phantom(number)
             folder = tmp_path / "data" / f"{PATIENT}-{number}"
             label = write_scan(folder / "standard.nii.gz", target)
-            for method, noise in (("input", 400.0), ("none", 200.0), ("petite", 50.0 + number)):
-                scan = target * (1 + 0.01 * number) + rng.normal(0, noise, SHAPE)
+            for method, noise in noises.items():
+                scan = target * (1 + 0.01 * number) + rng.normal(0, noise + number, SHAPE)
                 path = write_scan(folder / f"{method}.nii.gz", scan)
                 methods[method].append(Comparison(f"{PATIENT}-{number}", path, label))
         record(run, methods, units="Bq/mL")

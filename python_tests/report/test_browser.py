@@ -34,8 +34,8 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def report(make_run) -> Path:
-    return write_report(make_run(3))
+def report(make_run, request) -> Path:
+    return write_report(make_run(3, getattr(request, "param", None)))
 
 
 @pytest.fixture
@@ -191,3 +191,11 @@ def test_difference_is_red_where_the_output_is_too_high(open_page) -> None:
     assert higher.any() and lower.any()
     assert (difference[higher][:, 0] > difference[higher][:, 2]).all()
     assert (difference[lower][:, 2] > difference[lower][:, 0]).all()
+
+
+@pytest.mark.parametrize("report", [{"output": 100.0}], indirect=True)
+def test_an_evaluation_without_the_input_has_three_panels(open_page) -> None:
+    page = open_page(1280)
+    captions = page.locator(".plane").first.locator("figcaption").all_text_contents()
+    assert captions == ["output", "target", "output − target"]
+    assert page.locator(".pane").count() == 9
