@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from petite_fast import cli_data
+from petite_fast import cli_data, cli_report
 from petite_fast.errors import InputError
 from petite_fast.training.interrupt import TrainingInterrupted
 from petite_fast.training.options import (
@@ -26,7 +26,6 @@ from petite_fast.training.options import (
     ChosenBatch,
     Data,
     DemoOut,
-    Denominator,
     ExplainOf,
     ExportFormat,
     Fold,
@@ -218,43 +217,6 @@ def reconstruct(
 
 @app.command(
     epilog=_examples(
-        "evaluate out --data data/63/dataset.json --fold 0 --out report.json",
-        "evaluate out/scan_desc-petite.nii.gz --target standard.nii.gz --nrmse mean",
-    )
-)
-def evaluate(
-    predictions: Annotated[Path, typer.Argument(help="Folder from reconstruct, or one NIfTI.")],
-    data: Annotated[Path | None, typer.Option(help="Data set, with a folder.")] = None,
-    target: Annotated[Path | None, typer.Option(help="Standard scan, with one NIfTI.")] = None,
-    fold: Fold = None,
-    split: Annotated[Split, typer.Option(help="Which subjects.")] = Split.validation,
-    nrmse: Annotated[Denominator, typer.Option(help="Denominator.")] = Denominator.range,
-    published: Annotated[
-        bool, typer.Option("--published", help="The paper's formulas on min-max scaled volumes.")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
-) -> None:
-    """PSNR, SSIM and NRMSE against the standard scans, per subject and overall."""
-    from petite_fast.data import read_pairs
-    from petite_fast.files import write_json
-    from petite_fast.training.evaluate import Comparison, find_predictions
-    from petite_fast.training.evaluate import evaluate as run
-    from petite_fast.training.tables import evaluation_table
-
-    if target is not None and data is None:
-        comparisons = [Comparison("scan", predictions, target)]
-    elif data is not None and target is None:
-        comparisons = find_predictions(read_pairs(data, fold, split.value), predictions)
-    else:
-        raise InputError("evaluate needs either --data (with a folder) or --target (with a file)")
-    report = run(comparisons, denominator=nrmse.value, published=published)
-    _out.print(evaluation_table(report))
-    if out is not None:
-        write_json(out, report)
-
-
-@app.command(
-    epilog=_examples(
         "merge --base runs/base --adapter runs/63 --out runs/63-merged",
         "reconstruct scan.nii.gz --base runs/63-merged --out out",
     )
@@ -354,6 +316,7 @@ def demo(
 
 
 app.add_typer(cli_data.commands)
+app.add_typer(cli_report.commands)
 
 
 def main(arguments: list[str] | None = None) -> None:

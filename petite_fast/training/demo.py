@@ -22,10 +22,11 @@ from petite_fast.files import write_json
 from petite_fast.models import load_network
 from petite_fast.ops import saved_bytes
 from petite_fast.training import tasks
-from petite_fast.training.evaluate import METRICS, Comparison, evaluate, find_predictions
+from petite_fast.training.evaluate import METRICS, Comparison, find_predictions
 from petite_fast.training.figures import comparison_figure
 from petite_fast.training.inference import output_path
 from petite_fast.training.loop import TrainReport, TrainSettings
+from petite_fast.training.record import INPUT, record
 from petite_fast.training.tables import metric_cells
 
 METHODS = ("none", "petite", "full")
@@ -74,7 +75,8 @@ def run_demo(
     """Run everything in folder `out`; writes summary.json and demo.png there.
 
     Args:
-        out: gets data/, base/, petite/, full/, reconstructions/, summary.json and demo.png.
+        out: gets data/, base/, petite/, full/, reconstructions/, evaluation/ (for `petite-fast
+            report`), summary.json and demo.png.
         quick: the smallest run that touches everything; its numbers claim nothing.
         plan: other sizes.
         say: told what happens, a line at a time.
@@ -113,22 +115,29 @@ def run_demo(
         )
 
     tell(f"reconstructing {len(held_out)} held-out subjects of scanner {plan.target}")
+    for method in METHODS:
+        _reconstruct(out, method, held_out)
+    compared = {INPUT: [Comparison(p.subject, p.image, p.label) for p in held_out]} | {
+        method: find_predictions(held_out, _reconstructions(out, method)) for method in METHODS
+    }
+    scores = {
+        method: {name: report["overall"][name]["mean"] for name in METRICS}
+        for method, report in record(out, compared, units="Bq/mL").items()
+    }
     summary = {}
     for method in METHODS:
-        scores = _scores(out, method, held_out)
         report = reports.get(method)
         summary[method] = {
-            **scores,
+            **scores[method],
             # without tuning nothing trains, no step is taken and nothing is kept for backward
             "trainable_percent": report.trainable_percent if report else 0.0,
             "step_seconds": report.step_seconds if report else 0.0,
             "saved_bytes": _saved(base, method, target, plan) if report else 0,
         }
     write_json(out / "summary.json", summary)
-    comparison_figure(_panels(out, held_out[0]), out / "demo.png")
+    comparison_figure(*_panels(out, held_out[0]), out / "demo.png", units="Bq/mL")
     tell(f"wrote {out / 'summary.json'} and {out / 'demo.png'}")
-    short = evaluate([Comparison(p.subject, p.image, p.label) for p in held_out])["overall"]
-    return _result(summary, {k: short[k]["mean"] for k in METRICS})
+    return _result(summary, scores[INPUT])
 
 
 def _simulated(out: Path, plan: DemoPlan, scanner: str, subjects: int) -> tasks.TrainingData:
@@ -146,14 +155,14 @@ def _reconstructor(out: Path, method: str) -> Any:
     return tasks.load_reconstructor(base, adapter)
 
 
-def _scores(out: Path, method: str, held_out: list[Pair]) -> dict[str, float]:
-    """Reconstruct the held-out subjects and compare: mean PSNR, SSIM and NRMSE."""
-    folder = out / "reconstructions" / method
+def _reconstructions(out: Path, method: str) -> Path:
+    return out / "reconstructions" / method
+
+
+def _reconstruct(out: Path, method: str, held_out: list[Pair]) -> None:
     reconstructor = _reconstructor(out, method)
     for pair in held_out:
-        reconstructor.file(pair.image, folder)
-    overall = evaluate(find_predictions(held_out, folder))["overall"]
-    return {name: overall[name]["mean"] for name in METRICS}
+        reconstructor.file(pair.image, _reconstructions(out, method))
 
 
 def _saved(base: Path, method: str, data: tasks.TrainingData, plan: DemoPlan) -> int:
@@ -179,7 +188,7 @@ def _panels(out: Path, pair: Pair) -> tuple[dict[str, np.ndarray], tuple[float, 
     standard = read_volume(pair.label)
     panels = {"short scan": read_volume(pair.image).array}
     for method in METHODS:
-        path = output_path(pair.image, out / "reconstructions" / method)
+        path = output_path(pair.image, _reconstructions(out, method))
         panels[_TITLES[method]] = read_volume(path).array
     panels["standard scan"] = standard.array
     return panels, standard.spacing

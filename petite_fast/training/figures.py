@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,27 +12,28 @@ from petite_fast.files import atomic_write
 
 
 def comparison_figure(
-    panels: tuple[dict[str, np.ndarray], tuple[float, float, float]], path: Path
+    panels: Mapping[str, np.ndarray], spacing: Sequence[float], path: Path, *, units: str
 ) -> None:
     """Axial slices above, differences from the last volume (the standard scan) below.
 
     Args:
-        panels: ({title: volume [X, Y, Z]}, spacing in mm); all on one grid, in one unit.
+        panels: title to volume [X, Y, Z]; all on one grid, in one unit.
+        spacing: voxel size in mm along X, Y, Z.
         path: a .png, written atomically.
+        units: of the volumes.
     """
-    volumes, spacing = panels
-    target = list(volumes.values())[-1]
+    target = list(panels.values())[-1]
     slice_index = int(np.argmax(target.sum(axis=(0, 1))))  # the slice with the most activity
     crop = _body(target[:, :, slice_index])
     peak = float(np.percentile(target[:, :, slice_index][crop], 99.5))
     error_peak = 0.25 * peak
     aspect = spacing[1] / spacing[0]
 
-    figure = Figure(figsize=(2.35 * len(volumes) + 0.7, 5.6), layout="constrained")
-    axes = figure.subplots(2, len(volumes), squeeze=False)
+    figure = Figure(figsize=(2.35 * len(panels) + 0.7, 5.6), layout="constrained")
+    axes = figure.subplots(2, len(panels), squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    for column, (title, volume) in enumerate(volumes.items()):
+    for column, (title, volume) in enumerate(panels.items()):
         image = volume[:, :, slice_index][crop]
         above, below = axes[0, column], axes[1, column]
         above.set_title(title)
@@ -46,8 +48,8 @@ def comparison_figure(
         )
         rmse = float(np.sqrt(np.mean(np.square(volume - target, dtype=np.float64))))
         below.set_title(f"NRMSE {rmse / float(np.ptp(target)):.4f}", fontsize="medium")
-    figure.colorbar(shown, ax=axes[0, :].tolist(), label="Bq/mL", shrink=0.85)
-    figure.colorbar(wrong, ax=axes[1, :].tolist(), label="minus standard, Bq/mL", shrink=0.85)
+    figure.colorbar(shown, ax=axes[0, :].tolist(), label=units, shrink=0.85)
+    figure.colorbar(wrong, ax=axes[1, :].tolist(), label=f"minus standard, {units}", shrink=0.85)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=130)
 

@@ -31,9 +31,14 @@ def report_lines(report: TrainReport) -> list[str]:
 
 def evaluation_table(report: dict[str, Any]) -> Table:
     """Subjects, then their mean and standard deviation; the definitions below."""
-    table = Table(*("subject", "PSNR [dB]", "SSIM", "NRMSE"))
+    regions = list(report["subjects"][0].get("uptake", {}))
+    table = Table(
+        *("subject", "PSNR [dB]", "SSIM", "NRMSE"),
+        *(f"{region}: mean, max, peak bias [%]" for region in regions),
+    )
     for row in report["subjects"]:
-        table.add_row(row["subject"], *metric_cells(row))
+        bias = [bias_cell(row["uptake"][region]) for region in regions]
+        table.add_row(row["subject"], *metric_cells(row), *bias)
     table.add_section()
     for statistic in ("mean", "std"):
         values = {name: entry[statistic] for name, entry in report["overall"].items()}
@@ -46,6 +51,11 @@ def evaluation_table(report: dict[str, Any]) -> Table:
 def metric_cells(values: dict[str, Any]) -> list[str]:
     """PSNR, SSIM and NRMSE as text; a PSNR that JSON could not hold is infinite."""
     return ["inf" if values[k] is None else f"{values[k]:.{n}f}" for k, n in _DIGITS.items()]
+
+
+def bias_cell(region: dict[str, Any]) -> str:
+    """Bias of mean, maximum and peak in percent, with sign."""
+    return ", ".join(f"{region[name]['bias_percent']:+.1f}" for name in ("mean", "max", "peak"))
 
 
 def recipe_table(network: str, sizes: Sequence[tuple[str, int, float]]) -> Table:

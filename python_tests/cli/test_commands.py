@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 TRAIN = ("--fold", "0", "--patch", "16,16,16", "--batch", "2", "--steps", "3")
 COMMANDS = (
     "simulate", "pretrain", "finetune", "reconstruct", "evaluate", "merge", "export", "info",
-    "demo", "validate", "convert",
+    "demo", "report", "validate", "convert",
 )  # fmt: skip
 
 
@@ -74,6 +74,8 @@ def test_reconstruct_and_evaluate_held_out_subjects(project, run, tmp_path) -> N
     values = json.loads(report.read_text())
     assert set(values["overall"]) == {"psnr", "ssim", "nrmse"}
     assert len(values["subjects"]) == 1 and 0 < values["overall"]["nrmse"]["mean"] < 1
+    bias = values["subjects"][0]["uptake"]["hot"]["peak"]["bias_percent"]
+    assert f"{bias:+.1f}" in result.out
 
 
 def test_evaluate_one_file_against_itself(project, run) -> None:
@@ -215,3 +217,6 @@ def test_demo_quick(run, tmp_path) -> None:
     assert 0 < summary["petite"]["trainable_percent"] < 1
     assert 0 < summary["petite"]["saved_bytes"] < summary["full"]["saved_bytes"]
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert run("report", tmp_path).code == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"{summary['petite']['psnr']:.2f}" in page and "full fine-tuning" in page

@@ -24,6 +24,7 @@ NOT_SOURCES = (
     "__pycache__",
     ".*_cache",
 )
+SOURCES = (".py", ".typed", ".html", ".css", ".js", ".h", ".cpp", ".cu", ".md")
 
 # The build sets up its own environment twice, for the sdist and for the wheel.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -70,7 +71,7 @@ def test_sdist_holds_the_sources_and_nothing_else(build):
         path.relative_to(ROOT).as_posix()
         for folder in ("petite_fast", "csrc")
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and path.suffix in (".py", ".typed", ".h", ".cpp", ".cu", ".md")
+        if path.is_file() and path.suffix in SOURCES
     }
     wanted |= {
         "setup.py",
@@ -93,8 +94,13 @@ def test_wheel_holds_the_package_and_nothing_else(build):
     assert "petite_fast/py.typed" in names
     assert [n for n in names if n.endswith(".so")] == [n for n in names if "/_native." in n]
     assert sum(n.endswith(".so") for n in names) == 1
-    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "petite_fast").rglob("*.py")}
-    assert sources == {n for n in names if n.endswith(".py")}
+    endings = (".py", ".html", ".css", ".js")
+    sources = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "petite_fast").rglob("*")
+        if p.suffix in endings
+    }
+    assert sources == {n for n in names if n.endswith(endings)}
     assert all(n.startswith("petite_fast/") or ".dist-info/" in n for n in names)
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert any(n.endswith("entry_points.txt") for n in names)

@@ -73,6 +73,11 @@ def test_evaluate_means_and_json(tmp_path) -> None:
     first, second = report["subjects"]
     assert first["psnr"] == pytest.approx(20 * math.log10(target.max() / 0.1), abs=1e-3)
     assert first["nrmse"] == pytest.approx(0.1 / np.ptp(target), rel=1e-4)
+    body = first["uptake"]["body"]["mean"]
+    assert body["output"] - body["target"] == pytest.approx(0.1, rel=1e-5)
+    assert body["bias_percent"] == pytest.approx(10 / body["target"], rel=1e-5)
+    uptake = second.pop("uptake")
     assert second == {"subject": "b", "psnr": None, "ssim": 1.0, "nrmse": 0.0}
+    assert all(v["bias_percent"] == 0 for region in uptake.values() for v in region.values())
     assert report["overall"]["nrmse"]["mean"] == pytest.approx(first["nrmse"] / 2)
     json.dumps(report, allow_nan=False)

@@ -75,6 +75,42 @@ def test_psnr_agrees_with_monai_for_a_named_range() -> None:
     assert psnr(pred, target, data_range=7.5) == pytest.approx(metric.aggregate().item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("data_range", [7.5, 40.0])
+def test_gaussian_ssim_agrees_with_monai(data_range: float) -> None:
+    monai_metrics = pytest.importorskip("monai.metrics")
+    pred, target = random_pair((14, 13, 12))
+    pred = target + 8 * (pred - target)  # far enough for the two windows to disagree
+    metric = monai_metrics.SSIMMetric(spatial_dims=3, data_range=data_range)
+    metric(y_pred=torch.tensor(pred)[None, None], y=torch.tensor(target)[None, None])
+    ours = ssim(pred, target, data_range=data_range, window="gaussian")
+    assert ours == pytest.approx(metric.aggregate().item(), abs=1e-5)
+    assert ours != pytest.approx(ssim(pred, target, data_range=data_range), abs=1e-3)
+
+
+def test_nrmse_agrees_with_monai() -> None:
+    monai_metrics = pytest.importorskip("monai.metrics")
+    pred, target = random_pair((12, 10, 9))
+    metric = monai_metrics.RMSEMetric()
+    metric(y_pred=torch.tensor(pred)[None, None], y=torch.tensor(target)[None, None])
+    expected = metric.aggregate().item() / target.mean()
+    assert nrmse(pred, target, denominator="mean") == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_mask_chooses_the_voxels() -> None:
+    pred, target = random_pair((9, 9, 9))
+    mask = np.zeros(target.shape)
+    mask[2:7, 3:8, 1:6] = 1
+    inner = np.s_[2:7, 3:8, 1:6]
+    assert nrmse(pred, target, mask=mask) == nrmse(pred[inner], target[inner])
+    assert psnr(pred, target, data_range=9.0, mask=mask) == pytest.approx(
+        psnr(pred[inner], target[inner], data_range=9.0), rel=1e-12
+    )
+    with pytest.raises(ValueError, match="no voxel"):
+        nrmse(pred, target, mask=0 * mask)
+    with pytest.raises(ValueError, match="mask and target"):
+        nrmse(pred, target, mask=mask[1:])
+
+
 def test_equal_volumes_are_perfect() -> None:
     _, target = random_pair((8, 8, 8))
     assert volume_metrics(target, target) == {"psnr": math.inf, "ssim": 1.0, "nrmse": 0.0}
@@ -105,6 +141,12 @@ def test_misuse_is_named() -> None:
         psnr(pred, target, data_range=0.0)
     with pytest.raises(ValueError, match="7 voxels"):
         ssim(pred[:6], target[:6])
+    with pytest.raises(ValueError, match="11 voxels"):
+        ssim(pred, target, window="gaussian")
+    with pytest.raises(ValueError, match="uniform or gaussian"):
+        ssim(pred, target, window="box")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="parity"):
+        ssim(pred, target, window="gaussian", parity=True)
     with pytest.raises(ValueError, match="range, mean or std"):
         nrmse(pred, target, denominator="max")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="3-D"):
