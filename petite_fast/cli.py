@@ -190,16 +190,25 @@ def finetune(
         "reconstruct scan.nii.gz --base runs/base --adapter runs/63 --out out",
         "reconstruct data/63/dataset.json --fold 0 --base runs/base --adapter runs/63 --out out",
         "reconstruct bids --base runs/base --out bids/derivatives/petite_fast",
+        "reconstruct dicom_folder --base runs/base --out out --dicom",
     )
 )
 def reconstruct(
-    scans: Annotated[Path, typer.Argument(help="NIfTI file, folder of them, or data set.")],
+    scans: Annotated[
+        Path, typer.Argument(help="NIfTI, ECAT or DICOM series, folder of them, or data set.")
+    ],
     base: Base,
     out: Annotated[Path, typer.Option(help="Folder for results; of BIDS, a derivative set.")],
     adapter: Adapter = None,
     fold: Fold = None,
     split: Annotated[Split | None, typer.Option(help="Which subjects of a data set.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dicom: Annotated[
+        bool, typer.Option("--dicom", help="Write derived DICOM series as well, from DICOM.")
+    ] = False,
+    keep_ids: Annotated[
+        bool, typer.Option("--keep-ids", help="Keep patients' IDs in DICOM, and folders' names.")
+    ] = False,
 ) -> None:
     """Turn short scans into standard ones, each on its own grid and in its own units."""
     from petite_fast.data.collection import find_layout, read_inputs
@@ -211,8 +220,8 @@ def reconstruct(
         inputs = read_inputs(scans, fold, split.value if split else None)
         inference.check_distinct(inputs)
     reconstructor = tasks.load_reconstructor(base, adapter, device_name(device))
-    for path in inputs:
-        _say(str(reconstructor.file(path, out)))
+    for path, name in zip(inputs, inference.result_names(inputs, keep_ids), strict=True):
+        _say(str(reconstructor.file(path, out, name, dicom=dicom, keep_ids=keep_ids)))
 
 
 @app.command(

@@ -19,7 +19,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from petite_fast.data.lazy import Volume, require_finite
-from petite_fast.data.sidecar import read_sidecar
+from petite_fast.data.sidecar import Facts, read_sidecar
 from petite_fast.errors import InputError
 from petite_fast.files import atomic_write
 
@@ -52,8 +52,12 @@ _KEPT_FIELDS = (
 )
 
 
-def read_nifti(source: Path) -> Volume:
+def read_nifti(source: Path, sidecar: bool = True) -> Volume:
     """Header, geometry and (from a BIDS sidecar beside it) times and units of a NIfTI file.
+
+    Args:
+        source: .nii or .nii.gz.
+        sidecar: read that too; without, what is wrong with it is not seen.
 
     Raises:
         InputError: see `petite_fast.data.volume.read_volume`.
@@ -67,7 +71,7 @@ def read_nifti(source: Path) -> Volume:
     reader = _Frames(source, header, head, orientation)
     if not source.name.lower().endswith(".gz"):
         reader.require(source.stat().st_size)
-    facts = read_sidecar(source, count)
+    facts = read_sidecar(source, count) if sidecar else Facts()
     return Volume(
         spatial if count == 1 else (count, *spatial),
         affine,

@@ -13,6 +13,7 @@ from petite_fast.data.bids_sidecar import faults
 from petite_fast.data.cases import Case, Problem
 from petite_fast.data.collection import Collection, read_collection
 from petite_fast.data.dataset import grid_text
+from petite_fast.data.nifti import read_nifti
 from petite_fast.data.normalise import require_signal
 from petite_fast.data.volume import Volume, read_volume, same_grid
 from petite_fast.errors import InputError
@@ -46,7 +47,7 @@ def validate(data: Path) -> tuple[Collection, list[Problem]]:
         for key, path in (("image", case.image), ("label", case.label)):
             volume = None
             if path is not None:
-                volume, wrong = _volume(path)
+                volume, wrong = _volume(path, key in case.infos)
                 found += wrong
             if key in case.infos:
                 frames = None if volume is None else _frames(volume)
@@ -66,16 +67,17 @@ def validate(data: Path) -> tuple[Collection, list[Problem]]:
     return collection, sorted(dict.fromkeys(found), key=lambda problem: not problem.fatal)
 
 
-def _volume(path: Path) -> tuple[Volume | None, list[Problem]]:
-    """One volume, if it can be read, and what is wrong with it."""
+def _volume(path: Path, has_info: bool) -> tuple[Volume | None, list[Problem]]:
+    """One volume, if it can be read, and what is wrong with it; its sidecar is judged apart."""
     try:
-        volume = read_volume(path)
+        volume = read_nifti(path, sidecar=False) if has_info else read_volume(path)
+        voxels = volume.array  # decodes them
     except InputError as error:
         return None, [_problem(path, error)]
     except OSError as error:
         return None, [Problem(str(path), f"cannot be read ({error.strerror or error})")]
     try:
-        require_signal(volume.array, path)
+        require_signal(voxels, path)
     except InputError as error:
         return volume, [_problem(path, error)]
     return volume, []
@@ -86,12 +88,12 @@ def _problem(path: Path, error: InputError) -> Problem:
 
 
 def _frames(volume: Volume) -> int:
-    return 1 if volume.array.ndim == 3 else int(volume.array.shape[0])
+    return 1 if len(volume.shape) == 3 else volume.shape[0]
 
 
 def _digest(volume: Volume) -> str:
     """Equal for equal voxels, however they are stored or compressed."""
-    digest = hashlib.sha256(str(volume.array.shape).encode())
+    digest = hashlib.sha256(str(volume.shape).encode())
     digest.update(np.ascontiguousarray(volume.array).data)
     return digest.hexdigest()
 

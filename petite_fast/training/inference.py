@@ -20,6 +20,7 @@ from petite_fast.errors import InputError
 SUFFIX = f"_desc-{LABEL}"
 _DIVISOR = 16  # the generator halves its grid four times
 _WINDOWS_PER_CALL = 4
+_ENDINGS = (".nii.gz", ".nii", ".v")
 
 
 @dataclass(frozen=True)
@@ -72,34 +73,61 @@ class Reconstructor:
             )
         return self.normaliser.inverse(y[0, 0].numpy(), record)  # type: ignore[call-overload]
 
-    def file(self, path: Path, out: Path) -> Path:
-        """Reconstruct one NIfTI into folder `out`, on its own grid; the file written.
+    def file(
+        self,
+        path: Path,
+        out: Path,
+        name: str | None = None,
+        *,
+        dicom: bool = False,
+        keep_ids: bool = False,
+    ) -> Path:
+        """Reconstruct one scan into folder `out`, on its own grid and in its own units.
 
         With an image of a BIDS name, `out` is a derivative data set; see
         `petite_fast.data.derivatives`.
 
+        Args:
+            path: what `read_volume` takes, static.
+            out: folder.
+            name: of the result, before "_desc-petite"; None: the file's own.
+            dicom: write a derived DICOM series (a folder) beside the NIfTI; the input must be one.
+            keep_ids: that series keeps the patient's name and IDs; see `write_dicom`.
+
+        Returns:
+            The NIfTI.
+
         Raises:
-            InputError: the file cannot be used; see `read_volume`.
+            InputError: the file cannot be used; see `read_volume` and `write_dicom`.
             OSError: the result cannot be written; nothing is left behind.
         """
         volume = require_static(read_volume(path))
-        array, target = self.array(volume.array, path), output_path(path, out)
+        if dicom and volume.dicom is None:
+            raise InputError(f"{path}: not DICOM; expected a DICOM series for a result in DICOM")
+        array, target = self.array(volume.array, path), output_path(path, out, name)
+        if dicom:
+            from petite_fast.data.dicom_write import write_dicom
+
+            write_dicom(volume, array, out / f"{_stem(target)}_dicom", keep_ids=keep_ids)
         if derivative_path(path, out) is not None:
             # the sidecar first: where there is a result, it says where that came from
             write_provenance(path, target, out, self.provenance)
         return write_like(volume, array, target)
 
 
-def output_path(path: Path, out: Path) -> Path:
+def output_path(path: Path, out: Path, name: str | None = None) -> Path:
     """Where the reconstruction of `path` goes: its own stem, so nothing from the header leaks.
 
     A BIDS-PET name gives ``sub-*/[ses-*/]pet/*_desc-petite_pet.nii.gz``.
     """
-    return derivative_path(path, out) or out / f"{_stem(path)}{SUFFIX}.nii.gz"
+    return derivative_path(path, out) or out / f"{name or _stem(path)}{SUFFIX}.nii.gz"
 
 
 def find_inputs(path: Path) -> list[Path]:
-    """The NIfTI files that `path`, a file or a folder, stands for; own outputs are left out.
+    """The scans that `path` stands for; own outputs are left out.
+
+    A file is itself. A folder is the NIfTI and ECAT files in it; without any, one DICOM series, or,
+    where it holds only folders, one series in each.
 
     Raises:
         InputError: nothing there, or two files whose results would have one name.
@@ -108,16 +136,25 @@ def find_inputs(path: Path) -> list[Path]:
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
         return [path]
-    found = sorted(
-        p
-        for p in path.iterdir()
-        if p.name.lower().endswith((".nii", ".nii.gz")) and not p.name.startswith(".")
-        and not _stem(p).endswith(SUFFIX)
-    )  # fmt: skip
-    if not found:
-        raise InputError(f"{path}: no NIfTI file (.nii, .nii.gz) in this folder")
-    check_distinct(found)
-    return found
+    entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    found = [p for p in entries if p.is_file() and p.name.lower().endswith(_ENDINGS)
+             and not _stem(p).endswith(SUFFIX)]  # fmt: skip
+    if found:
+        check_distinct(found)
+        return found
+    if any(p.is_file() and not p.name.lower().endswith(_ENDINGS) for p in entries):
+        return [path]
+    folders = [p for p in entries if p.is_dir()]
+    if not folders:
+        raise InputError(f"{path}: no NIfTI (.nii, .nii.gz), ECAT (.v) or DICOM file in it")
+    return folders
+
+
+def result_names(inputs: Sequence[Path], keep_ids: bool) -> list[str | None]:
+    """Names of results: a DICOM folder is often called after its patient, so those are numbered."""
+    if keep_ids:
+        return [None] * len(inputs)
+    return [f"series-{k:03d}" if p.is_dir() else None for k, p in enumerate(inputs, start=1)]
 
 
 def check_distinct(paths: Sequence[Path]) -> None:
@@ -135,7 +172,9 @@ def check_distinct(paths: Sequence[Path]) -> None:
 
 def _stem(path: Path) -> str:
     name = path.name
-    for ending in (".nii.gz", ".nii"):
+    if path.is_dir():
+        return name
+    for ending in _ENDINGS:
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return path.stem
