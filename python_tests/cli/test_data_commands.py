@@ -93,6 +93,12 @@ def test_a_tree_is_reconstructed_into_derivatives_and_evaluated(
     assert result.code == 0, result
     names = [row["subject"] for row in json.loads(report.read_text())["subjects"]]
     assert len(names) == 2 and {n.partition("_")[2] for n in names} == {"ses-1", "ses-2"}
+    judged = tmp_path / "judged"
+    result = run("evaluate", out, "--data", tree, "--split", "test", "--out", judged)
+    assert result.code == 0, result
+    assert run("report", judged).code == 0
+    page = (judged / "report.html").read_text(encoding="utf-8")
+    assert "sub-001" in page and names[0] not in page and str(tmp_path) not in page
 
 
 def test_a_base_alone_and_no_link_out_of_the_tree(project, tree, run, tmp_path) -> None:
