@@ -25,7 +25,7 @@ sanitize: $(VENV)/dev
 	PETITE_FAST_SANITIZE=on $(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/sanitize .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(VENV)/sanitize \
-	$(BIN)/pytest -p no:cacheprovider $(wildcard python_tests/backends/test_native*.py) python_tests/backends/test_cuda_depthwise.py python_tests/ops/test_dropout.py
+	$(BIN)/pytest -p no:cacheprovider $(wildcard python_tests/backends/test_native*.py python_tests/backends/test_cuda*.py) python_tests/ops/test_dropout.py
 
 bench: $(VENV)/dev
 	$(BIN)/python bench/run.py --suite all
