@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conv_cases import assert_twice_torch
 from backends.test_triton_conv import ONE, TWO, Case, double, draw, torch_conv
+from conv_cases import assert_twice_torch
 from triton_kernels import (
     check_compiled,
     compile_kernel,
@@ -31,6 +31,7 @@ CASES = [
     Case(16, 144, (2, 3, 2), (1, 3, 1), ONE, (0, 1, 0)),  # two blocks of output channels
 ]
 TYPES = (torch.bfloat16, torch.float16)
+BOXES = [config for config in tune.CONV if "BOXES" in config]
 
 
 @interpreter
@@ -80,7 +81,7 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
 
 @compiler
 @pytest.mark.parametrize("capability", [90, 100])
-@pytest.mark.parametrize("config", [c for c in tune.CONV if "BOXES" in c], ids=str)
+@pytest.mark.parametrize("config", BOXES, ids=str)
 @pytest.mark.parametrize(
     ("channels", "outputs", "adjoint", "dtype"),
     [(64, 64, False, "bf16"), (128, 128, True, "fp16"), (16, 32, False, "bf16")],
@@ -130,7 +131,7 @@ def test_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         numbers = (stride, ONE, dilation, False, (0, 0, 0), 1)
         return backend._conv_configs(x, weight, None, *numbers)
 
-    without = [config for config in tune.CONV if "BOXES" not in config]
+    without = [config for config in tune.CONV if config not in BOXES]
     everything = list(tune.CONV)
     assert 0 < len(without) < len(everything) and everything[0] == {}
     assert candidates() == everything
@@ -153,3 +154,26 @@ def test_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not boxes.fits(x, weight, ONE, ONE)
     capability = (9, 0)
     assert boxes.fits(x, weight, ONE, ONE)
+
+
+GPU_CASES = [
+    *CASES,
+    Case(64, 64, (33, 34, 35), (3, 3, 3), ONE, ONE),
+    Case(128, 256, (9, 10, 11), (3, 3, 3), ONE, ONE, batch=2),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("config", BOXES, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_cuda(case: Case, dtype: torch.dtype, config: tune.Config) -> None:
+    tensors = draw(case, dtype, "cuda")
+    x, weight, bias, grad_y = tensors.values()
+    geometry = (case.stride, case.padding, case.dilation, False, (0, 0, 0), 1)
+    y = backend.conv_forward(x, weight, bias if case.bias else None, *geometry, config=config)
+    grad_x = backend.conv_grad_input(grad_y, weight, x.shape, *geometry, config=config)
+    wanted, exact = torch_conv(case, tensors), torch_conv(case, double(tensors))
+    assert_twice_torch(y, wanted[0], exact[0])
+    assert_twice_torch(grad_x, wanted[1], exact[1], 3)

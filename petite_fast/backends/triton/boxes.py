@@ -128,7 +128,8 @@ def constants(
                       or n == 16),
         "COLUMNS": columns,
     }  # fmt: skip
-    return blocks, {"num_warps": 8 if columns == 128 else 4, "num_stages": 3}
+    warps = 8 if columns == 128 else 4
+    return blocks, {"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True}
 
 
 def block_shapes(blocks: dict[str, Any]) -> dict[str, list[int]]:

@@ -281,7 +281,7 @@ def _run(
     if "BOXES" in config:
         if boxes.fits(x, weight, geometry[0], geometry[2]):
             return boxes.conv(x, weight, bias, y, geometry[1], adjoint, config)
-        config = {}  # not at the same address as what was measured
+        config = {}  # measured with tensors at addresses that the copy engine takes
     blocks, options = constants(
         x.shape[1], outputs, weight.shape[:3], *geometry, adjoint, x.dtype, dot_precision(x.dtype)
     )
