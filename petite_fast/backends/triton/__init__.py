@@ -99,11 +99,22 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
         return random.dropout(x, p, seed)
 
 
+def _conv_configs(
+    tensor: torch.Tensor, weight: torch.Tensor, third: Any, *numbers: Any
+) -> list[tune.Config]:
+    """Those of `tune.CONV` that can run; the arguments are those of the op."""
+    from petite_fast.backends.triton import boxes
+
+    g = ConvGeometry.of_op(*numbers)
+    fits = boxes.fits(tensor, weight.permute(2, 3, 4, 0, 1), g.stride, g.dilation)
+    return [config for config in tune.CONV if fits or "BOXES" not in config]
+
+
 def _tuned(op: str, args: tuple[Any, ...]) -> tune.Entry | None:
     """What was measured for the geometry of these arguments."""
 
     def candidates() -> list[tuple[tune.Config, tune.Run]]:
-        configs = tune.LOW_RANK if op == "low_rank_gradient" else tune.CONV
+        configs = tune.LOW_RANK if op == "low_rank_gradient" else _conv_configs(*args)
         return [(config, functools.partial(_FUNCTIONS[op], *args, config=config))
                 for config in configs]  # fmt: skip
 

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from petite_fast.backends.triton import boxes
 from petite_fast.backends.triton.tune import Config, configure
 
 ROWS = 128  # output voxels of a program
@@ -277,6 +278,10 @@ def _run(
         (len(x), outputs, *spatial), dtype=x.dtype, device=x.device,
         memory_format=torch.channels_last_3d,
     )  # fmt: skip
+    if "BOXES" in config:
+        if boxes.fits(x, weight, geometry[0], geometry[2]):
+            return boxes.conv(x, weight, bias, y, geometry[1], adjoint, config)
+        config = {}  # measured with tensors at addresses that the copy engine takes
     blocks, options = constants(
         x.shape[1], outputs, weight.shape[:3], *geometry, adjoint, x.dtype, dot_precision(x.dtype)
     )

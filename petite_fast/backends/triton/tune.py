@@ -28,8 +28,11 @@ BUDGET = 3.0  # seconds for a geometry; what is being compiled then is still mea
 ROUNDING = 2**-7  # that of bfloat16, relative to the norm of a result
 
 # Changes to what `constants` of a kernel says, the most promising first. The default is the first.
+# BOXES: to what that of boxes.py says, where its kernel fits.
 CONV: tuple[Config, ...] = (
     {},
+    {"BOXES": 1},
+    {"BOXES": 1, "num_stages": 4},
     {"num_stages": 4},
     {"ROWS": 64},
     {"num_warps": 8},
