@@ -18,6 +18,12 @@ def _one_thread_per_worker() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.fixture
+def free_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No backend is forced, whatever the tests run with: what dispatch chooses by itself."""
+    monkeypatch.delenv("PETITE_FAST_BACKEND", raising=False)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The checkout the tests lie in (the package under test may be installed elsewhere)."""

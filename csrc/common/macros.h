@@ -23,7 +23,9 @@
 #if defined(__CUDA_ARCH__)
 #define PF_UNROLL _Pragma("unroll")
 #define PF_NO_UNROLL _Pragma("unroll 1")
+#define PF_UNROLL_4 _Pragma("unroll 4")
 #else
 #define PF_UNROLL
 #define PF_NO_UNROLL
+#define PF_UNROLL_4
 #endif

@@ -160,7 +160,7 @@ PF_HOST_DEVICE void add_conv(const DepthwiseCudaParams& p, ConvThread<T, S>& t, 
   } else {
     if (reaches<S>(phase, 0)) start_sums(t, phase, staged);
     const int rows = inside(t.source, step) ? kDepthwiseSide : 0;
-    PF_UNROLL_BY(1)
+    PF_NO_UNROLL
     for (int kh = 0; kh < rows; ++kh) {
       load_row(t, slot, kh, x);
       PF_UNROLL

@@ -104,7 +104,7 @@ PF_HOST_DEVICE void fetch_grad_weight(const DepthwiseGradWeightCudaParams& p,
   if (step >= t.steps) return;
   const T* x = static_cast<const T*>(p.x);
   const T* grad_y = static_cast<const T*>(p.grad_y);
-  PF_UNROLL_BY(1)
+  PF_NO_UNROLL
   for (int i = step == 0 ? 0 : (step - 1) * S + kDepthwiseSide; i < step * S + kDepthwiseSide;
        ++i) {
     if (!inside(t.source, i)) continue;
@@ -183,7 +183,7 @@ PF_HOST_DEVICE void add_shares(const DepthwiseGradWeightCudaParams& p, int64_t b
   const int64_t weight = block * kSumWeights + thread % kSumWeights;
   float sum = 0;
   if (weight < weight_count(p)) {
-    PF_UNROLL_BY(4)
+    PF_UNROLL_4
     for (int64_t share = thread / kSumWeights; share < p.shares; share += kSumSlices) {
       sum += p.partial[share * weight_count(p) + weight];
     }

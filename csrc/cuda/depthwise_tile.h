@@ -15,16 +15,6 @@
 #include "common/macros.h"
 #include "cuda/pair.h"
 
-// Arrays of a loop that is unrolled stay in registers.
-#if defined(__CUDACC__)
-#define PF_PRAGMA(text) _Pragma(#text)
-#define PF_UNROLL PF_PRAGMA(unroll)
-#define PF_UNROLL_BY(times) PF_PRAGMA(unroll times)
-#else
-#define PF_UNROLL
-#define PF_UNROLL_BY(times)
-#endif
-
 namespace petite_fast {
 
 constexpr int kPairLanes = 16;
@@ -187,7 +177,7 @@ PF_HOST_DEVICE void fetch(const Window<T, kRows, kUsed, kThreads>& window, const
   for (int i = 0; i < W::kCopies; ++i) {
     if ((i + 1) * kThreads > W::kVectors && thread + i * kThreads >= W::kVectors) return;
     const int left = plane_inside && window.offset[i] >= 0 ? channels : 0;
-    PF_UNROLL_BY(1)
+    PF_NO_UNROLL
     for (int e = 0; e < W::kVector; ++e) {
       to[i * kThreads * W::kVector + e] = e < left ? plane[window.offset[i] + e] : T{};
     }

@@ -55,6 +55,7 @@ def layout_of(size: tuple[int, ...]) -> torch.memory_format:
     return torch.contiguous_format if size[1] == 1 else LAST
 
 
+@pytest.mark.usefixtures("free_choice")
 @pytest.mark.parametrize(
     ("size", "dtype"),
     [*((size, torch.float32) for size in SIZES)]

@@ -144,6 +144,7 @@ def test_what_is_refused() -> None:
     assert "empty" in refusal((0, 8, 2, (8, 8, 8)))
 
 
+@pytest.mark.usefixtures("free_choice")
 def test_the_op_uses_it() -> None:
     x, grad_y, *weights = tensors((1, 8, 2, (8, 8, 8)), torch.float32)
     leaves = [t.requires_grad_() for t in (x, *weights)]

@@ -234,6 +234,7 @@ def test_a_wrong_call_is_an_error(wrong: dict[str, Any], message: str) -> None:
         module.shuffle(*(call | wrong).values())
 
 
+@pytest.mark.usefixtures("free_choice")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_an_adapted_step_uses_it(transposed: bool) -> None:
     """Forward, grad_x and LoRA's gradients of both kinds; nothing goes to a deconvolution.

@@ -205,6 +205,7 @@ def test_what_is_refused() -> None:
     assert "pointwise" in reason("conv_grad_input", grad_y, w[..., :1, :1, :1], x.shape, *rest)
 
 
+@pytest.mark.usefixtures("free_choice")
 def test_dispatch_chooses_it() -> None:
     x, w = torch.randn(1, 1, 5, 5, 32), torch.randn(8, 1, 3, 3, 3)
     one = (1, 1, 1)

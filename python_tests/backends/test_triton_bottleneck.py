@@ -165,6 +165,7 @@ def test_compiled(
         check_compiled(made, capability, precision, tmp_path)
 
 
+@pytest.mark.usefixtures("free_choice")
 @compiler
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "available", lambda device: (True, ""))

@@ -272,6 +272,7 @@ def test_compiled_shuffle(
     assert stores == {f"st.global.{stored}"}
 
 
+@pytest.mark.usefixtures("free_choice")
 @compiler
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "available", lambda device: (True, ""))

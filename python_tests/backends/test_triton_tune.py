@@ -244,6 +244,7 @@ def cuda_arguments(op: str) -> list[Any]:
     return [volume(24), volume(20), None, lora_A, lora_B, ONE, ONE, *[True] * 3]
 
 
+@pytest.mark.usefixtures("free_choice")
 @compiler
 @pytest.mark.parametrize("op", ["conv", "conv_grad_input", "low_rank_gradient"])
 def test_dispatch_takes_what_was_faster(op: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,7 @@ def test_help_has_examples(capsys) -> None:
         assert "Examples:" in text and example in text.split("Examples:")[1]
 
 
+@pytest.mark.usefixtures("free_choice")
 def test_info_explains_who_runs_what(run, refused) -> None:
     question = ("info", "--explain", "cvtgan", "--patch", "16,16,16", "--batch", "1")
     result = run(*question)
@@ -138,6 +139,7 @@ def test_info_explains_who_runs_what(run, refused) -> None:
     assert "multiple" in refused("info", "--explain", "cvtgan", "--patch", "15,16,16")
 
 
+@pytest.mark.usefixtures("free_choice")
 def test_info_tunes_only_on_a_gpu(run, refused, monkeypatch) -> None:
     question = ("info", "--tune", "cvtgan", "--patch", "16,16,16", "--batch", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
