@@ -65,12 +65,34 @@ def _grad_weight(args: tuple[Any, ...], grad: Tensor) -> int:
     return taken
 
 
+def _low_rank_input(args: tuple[Any, ...], t: Tensor) -> int:
+    x, lora_A, stride, _ = args
+    return _pass(x, lora_A, t, stride, False, 1)
+
+
+def _low_rank_gradient(args: tuple[Any, ...], _: Any) -> int:
+    """By PyTorch's calls: G and A's gradient, then t and B's."""
+    grad_y, x, t, lora_A, _, stride, _, want_A, want_B, _ = args
+    low = grad_y.new_empty(len(grad_y), len(lora_A), *grad_y.shape[2:])
+    moments = [low.nbytes]
+    if want_A:
+        moments.append(low.nbytes + _grad_weight((low, x, 1), lora_A))
+    if want_B:
+        if t is None:
+            moments.append(_low_rank_input((x, lora_A, stride, None), low))
+        column = grad_y.new_empty(grad_y.shape[1], len(lora_A), 1, 1, 1)
+        moments.append(low.nbytes + _grad_weight((grad_y, low, 1), column))
+    return max(moments)
+
+
 RULES: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
     torch.ops.aten.convolution.default: _convolution,
     torch.ops.aten.convolution_backward.default: _convolution_backward,
     torch.ops.petite_fast.conv.default: _forward,
     torch.ops.petite_fast.conv_grad_input.default: _grad_input,
     torch.ops.petite_fast.conv_grad_weight.default: _grad_weight,
+    torch.ops.petite_fast.low_rank_input.default: _low_rank_input,
+    torch.ops.petite_fast.low_rank_gradient.default: _low_rank_gradient,
 }
 """The ops whose worst moment is known."""
 

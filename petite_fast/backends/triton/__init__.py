@@ -142,7 +142,7 @@ def _wins(op: str, *args: Any) -> tuple[bool, str]:
 def _can_run_unmeasured(tensor: torch.Tensor) -> tuple[bool, str]:
     """For kernels that `tune` does not measure: only where they are asked for."""
     if tensor.device.type == "cuda" and settings.backend() != "triton":
-        return False, "not measured against cuDNN; PETITE_FAST_BACKEND=triton takes it"
+        return False, "not measured yet against cuDNN; PETITE_FAST_BACKEND=triton takes it"
     return _can_run(tensor.device, tensor.numel())
 
 
