@@ -41,6 +41,19 @@ inline void check_operand(const char* name, const Operand& operand, int64_t elem
       prefix + "must have " + std::to_string(elements) + " elements" + got(std::get<2>(operand)));
 }
 
+// A tensor that must be there: `elements` elements of the given type.
+inline void* data_of_type(const char* name, const Operand& operand, DType dtype,
+                          const char* type_name, int64_t elements) {
+  check_operand(name, operand, elements);
+  require(present(operand), std::string(name) + ": must not be null");
+  require(dtype_of(operand) == dtype, std::string(name) + ": must " + type_name);
+  return data_of(operand);
+}
+
+inline float* floats_of(const char* name, const Operand& operand, int64_t elements) {
+  return static_cast<float*>(data_of_type(name, operand, DType::kFloat32, "be float32", elements));
+}
+
 // bindings_bottleneck.cpp
 void bind_bottleneck(py::module_& m);
 // bindings_conv_halo.cpp

@@ -3,7 +3,6 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <string>
 
 #include "bindings.h"
 #include "common/bottleneck.h"
@@ -25,18 +24,9 @@ BottleneckParams params_of(const Sizes& sizes, int threads) {
   return p;
 }
 
-float* floats(const char* name, const Operand& operand, int64_t elements) {
-  check_operand(name, operand, elements);
-  require(present(operand), std::string(name) + ": must not be null");
-  require(dtype_of(operand) == DType::kFloat32, std::string(name) + ": must be float32");
-  return static_cast<float*>(data_of(operand));
-}
-
 void* volume(const char* name, const Operand& operand, const BottleneckParams& p) {
-  check_operand(name, operand, p.batch * p.channels * p.voxels);
-  require(present(operand), std::string(name) + ": must not be null");
-  require(dtype_of(operand) == p.dtype, std::string(name) + ": must have the dtype of x");
-  return data_of(operand);
+  const int64_t elements = p.batch * p.channels * p.voxels;
+  return data_of_type(name, operand, p.dtype, "have the dtype of x", elements);
 }
 
 }  // namespace
@@ -61,16 +51,16 @@ void bind_bottleneck(py::module_& m) {
                 "x: must be float32 or bfloat16");
         p.x = volume("x", x, p);
         p.out = volume("out", out, p);
-        p.down = floats("down", down, p.hidden * p.channels);
-        p.down_bias = floats("down_bias", down_bias, p.hidden);
-        p.up = floats("up", up, p.hidden * p.channels);
+        p.down = floats_of("down", down, p.hidden * p.channels);
+        p.down_bias = floats_of("down_bias", down_bias, p.hidden);
+        p.up = floats_of("up", up, p.hidden * p.channels);
         if (present(grad_y)) {
           p.grad_y = volume("grad_y", grad_y, p);
-          p.grads = floats("grads", grads, bottleneck_gradients(p));
+          p.grads = floats_of("grads", grads, bottleneck_gradients(p));
         } else {
-          p.up_bias = floats("up_bias", up_bias, p.channels);
+          p.up_bias = floats_of("up_bias", up_bias, p.channels);
         }
-        p.workspace = floats("workspace", workspace, bottleneck_workspace(p, threads));
+        p.workspace = floats_of("workspace", workspace, bottleneck_workspace(p, threads));
         py::gil_scoped_release release;
         bottleneck(p, threads);
       },

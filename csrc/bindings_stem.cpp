@@ -18,13 +18,6 @@ using Triple = std::array<int64_t, 3>;
 // batch, C and O; spatial input; kernel, stride, padding, dilation
 using StemArguments = std::tuple<Triple, Triple, Triple, Triple, Triple, Triple>;
 
-float* floats(const char* name, const Operand& operand, int64_t elements) {
-  check_operand(name, operand, elements);
-  require(present(operand), std::string(name) + ": must not be null");
-  require(dtype_of(operand) == DType::kFloat32, std::string(name) + ": must be float32");
-  return static_cast<float*>(data_of(operand));
-}
-
 StemParams params_of(const StemArguments& given) {
   const auto& [sizes, input, kernel, stride, padding, dilation] = given;
   StemParams p{};
@@ -76,15 +69,15 @@ void bind_stem(py::module_& m) {
         const int64_t elements = p.batch * outputs * voxels(p.output);
         require(threads > 0, "threads must be positive" + got(threads));
         require(present(weight) != present(grad_y), "either weight or grad_y must be given");
-        p.x = floats("x", x, p.batch * p.geometry.in_channels * voxels(p.input));
+        p.x = floats_of("x", x, p.batch * p.geometry.in_channels * voxels(p.input));
         if (present(grad_y)) {
-          p.grad_y = floats("grad_y", grad_y, elements);
+          p.grad_y = floats_of("grad_y", grad_y, elements);
         } else {
-          p.weight = floats("weight", weight, weights);
-          if (present(bias)) p.bias = floats("bias", bias, outputs);
+          p.weight = floats_of("weight", weight, weights);
+          if (present(bias)) p.bias = floats_of("bias", bias, outputs);
         }
-        p.out = floats("out", out, present(grad_y) ? weights : elements);
-        p.workspace = floats("workspace", workspace, stem_workspace(p, threads));
+        p.out = floats_of("out", out, present(grad_y) ? weights : elements);
+        p.workspace = floats_of("workspace", workspace, stem_workspace(p, threads));
         py::gil_scoped_release release;
         stem(p, threads);
       },
@@ -103,8 +96,8 @@ void bind_stem(py::module_& m) {
                 "rows must be some of the output's" + got(rows));
         p.first = first;
         p.rows = rows;
-        p.matrix = floats("matrix", matrix, stem_taps(p.geometry) * rows * p.output[2]);
-        p.grad_x = floats("grad_x", grad_x, p.geometry.in_channels * voxels(p.input));
+        p.matrix = floats_of("matrix", matrix, stem_taps(p.geometry) * rows * p.output[2]);
+        p.grad_x = floats_of("grad_x", grad_x, p.geometry.in_channels * voxels(p.input));
         py::gil_scoped_release release;
         shift_add(p, threads);
       },

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from petite_fast.data import write_volume
+from petite_fast.data import read_volume, thin, write_like, write_volume
 
 SIDECAR: dict[str, Any] = {
     "Manufacturer": "GE MEDICAL SYSTEMS",
@@ -108,3 +108,23 @@ def nnunet_folder(root: Path, training: int = 5, test: int = 2) -> Path:
         },
     )
     return root
+
+
+def thinned_dataset(folder: Path, files: list[Path], training: int) -> Path:
+    """A decathlon list of real standard scans and a sixth of their counts, subjects s0, s1, ...
+
+    Args:
+        folder: for the short scans and the list; made where it is missing.
+        files: standard scans.
+        training: how many are trained on; the rest are held out.
+    """
+    folder.mkdir(exist_ok=True)
+    entries = []
+    for k, path in enumerate(files):
+        volume = read_volume(path)
+        short = thin(volume.array, 1 / 6, np.random.default_rng(k), 10.0 * volume.array.size)
+        image = write_like(volume, short, folder / f"short-{k}.nii.gz")
+        entries.append({"image": image.name, "label": str(path), "subject": f"s{k}"})
+    subjects = [entry["subject"] for entry in entries]
+    folds = [{"training": subjects[:training], "validation": subjects[training:]}]
+    return save_json(folder / "dataset.json", {"training": entries, "folds": folds})

@@ -79,9 +79,14 @@ void product(const float* weight, int64_t rows, int64_t inner, const float* in, 
 void outer_product(const float* left, int64_t rows, const float* right, int64_t columns, float* out,
                    float* sums) {
   for (int64_t r = 0; r < rows; ++r) {
-    Vec total{};
-    for (int64_t v = 0; v < kTile; v += kLanes) total += load_vector<float>(left + r * kTile + v);
-    sums[r] += sum_lanes(total);
+    // In eight sums, then in pairs: one long sum would round as often as there are voxels.
+    Vec part[8] = {};
+    for (int64_t v = 0; v < kTile; v += 8 * kLanes) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) part[i] += load_vector<float>(left + r * kTile + v + i * kLanes);
+    }
+    sums[r] += sum_lanes(((part[0] + part[1]) + (part[2] + part[3])) +
+                         ((part[4] + part[5]) + (part[6] + part[7])));
   }
   for (int64_t r = 0; r < rows; r += kRows) {
     for (int64_t c = 0; c < columns; c += kWide) {

@@ -21,7 +21,14 @@ from petite_fast.backends.eager_norm_act import (
     sign_size,
     statistics_count,
 )
-from petite_fast.backends.native_norm_act import _SOURCES, _affine, _floats, _given, _shape
+from petite_fast.backends.native_norm_act import (
+    _SOURCES,
+    _affine,
+    _floats,
+    _given,
+    _shape,
+    are_like,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -119,18 +126,7 @@ def _can_run(
         return False, "x is not channels-last"
     if unsafe is not None and not channels_last:
         return False, "channels are kept beside y, and there is one channel"
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype:
-            return False, f"{name} is {tensor.dtype}, x is {x.dtype}"
-        lies = is_channels_last(tensor, norm) if channels_last else tensor.is_contiguous()
-        if not lies:
-            return False, f"{name} does not lie in memory as x does"
-    for name, vector in vectors.items():
-        if vector is not None and (vector.device != x.device or vector.dtype == torch.float64):
-            return False, f"{name} is {vector.dtype} on {vector.device}"
-    return True, ""
+    return are_like(x, norm, tensors, vectors)
 
 
 def norm_act(

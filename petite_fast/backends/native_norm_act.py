@@ -123,6 +123,17 @@ def _can_run(
         return False, f"no kernel for {norm!r} in channels-last memory"
     if (channels_last or norm == "layer") and channels > _module().NORM_ACT_MAX_CHANNELS:
         return False, f"{channels} channels are too many"
+    return are_like(x, norm, tensors, vectors)
+
+
+def are_like(
+    x: torch.Tensor,
+    norm: str,
+    tensors: dict[str, torch.Tensor | None],
+    vectors: dict[str, torch.Tensor | None],
+) -> tuple[bool, str]:
+    """Whether `tensors` are what x is and lie as it does, and `vectors` beside it, and why not."""
+    channels_last = is_channels_last(x, norm)
     for name, tensor in tensors.items():
         if tensor is None:
             continue

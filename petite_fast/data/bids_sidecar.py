@@ -7,24 +7,16 @@ SeriesTime instead of all three, the time that decay correction refers to. Both 
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from petite_fast.data.sidecar_values import BQ_PER_UNIT, UNITS, clock, number, numbers
+
 _OVERLAP_S = 0.5  # frame times are rounded to this by some converters
 _CLOCK_S = 5.0  # clock times are written in whole seconds, and scanners' clocks differ a little
 _DAY_S = 86400.0
-_BQ = {"bq": 1.0, "kbq": 1e3, "mbq": 1e6, "gbq": 1e9, "uci": 3.7e4, "mci": 3.7e7}
-_UNITS = {
-    **dict.fromkeys(("bq/ml", "bqml"), "Bq/mL"),
-    **dict.fromkeys(("suv", "suvbw", "g/ml", "gml"), "SUVbw"),
-    **dict.fromkeys(("counts", "cnts"), "counts"),
-    "kbq/ml": "kBq/mL",
-    "nci/ml": "nCi/mL",
-    "arbitrary": "arbitrary",
-}
+_UNITS = UNITS | {"kbq/ml": "kBq/mL", "nci/ml": "nCi/mL", "arbitrary": "arbitrary"}
 # Asked for by BIDS-PET; what this package itself needs is checked field by field below.
 REQUIRED = (
     "Manufacturer",
@@ -120,27 +112,27 @@ class PetInfo:
     @property
     def frame_starts_s(self) -> tuple[float, ...] | None:
         """FrameTimesStart in s from time zero; None if it holds anything but finite numbers."""
-        return _numbers(self.fields.get("FrameTimesStart"))
+        return numbers(self.fields.get("FrameTimesStart"))
 
     @property
     def frame_durations_s(self) -> tuple[float, ...] | None:
         """FrameDuration in s; None if it holds anything but finite numbers."""
-        return _numbers(self.fields.get("FrameDuration"))
+        return numbers(self.fields.get("FrameDuration"))
 
     @property
     def dose_bq(self) -> float | None:
         """InjectedRadioactivity in Bq; of a file without it, RadionuclideTotalDose (dcm2niix)."""
-        dose = _number(self.fields.get("InjectedRadioactivity"))
+        dose = number(self.fields.get("InjectedRadioactivity"))
         if "InjectedRadioactivity" not in self.fields:
-            return _number(self.fields.get("RadionuclideTotalDose"))
+            return number(self.fields.get("RadionuclideTotalDose"))
         unit = _text(self.fields.get("InjectedRadioactivityUnits")) or ""
-        scale = _BQ.get(unit.strip().lower().replace("\u00b5", "u"))
+        scale = BQ_PER_UNIT.get(unit.strip().lower().replace("\u00b5", "u"))
         return None if dose is None or scale is None else dose * scale
 
     @property
     def weight_kg(self) -> float | None:
         """Body weight in kg: PatientWeight, which participants.tsv fills in."""
-        return _number(self.fields.get("PatientWeight"))
+        return number(self.fields.get("PatientWeight"))
 
     def shareable(self) -> dict[str, Any]:
         """The fields that may leave with a copy of the image; see `KEPT_FIELDS`."""
@@ -185,13 +177,13 @@ def _units(info: PetInfo) -> Iterator[tuple[str, str]]:
 
 def _frames(info: PetInfo, frames: int | None) -> Iterator[tuple[str, str]]:
     values = {"FrameTimesStart": info.frame_starts_s, "FrameDuration": info.frame_durations_s}
-    for name, numbers in values.items():
+    for name, times in values.items():
         if name not in info.fields:
             continue
-        if numbers is None:
+        if times is None:
             yield name, "is no list of finite numbers; expected seconds, one number per frame"
-        elif frames is not None and len(numbers) != frames:
-            yield name, f"has {len(numbers)} entries; expected {frames}, one per frame"
+        elif frames is not None and len(times) != frames:
+            yield name, f"has {len(times)} entries; expected {frames}, one per frame"
     starts, durations = values.values()
     if durations is not None and any(duration <= 0 for duration in durations):
         yield "FrameDuration", f"holds {min(durations):g}; expected positive seconds"
@@ -218,13 +210,13 @@ def _times(info: PetInfo) -> Iterator[tuple[str, str]]:
     clocks = {}
     for name in ("TimeZero", "SeriesTime", "AcquisitionTime"):
         if name in info.fields:
-            clocks[name] = _clock(info.fields[name])
+            clocks[name] = clock(info.fields[name])
             if clocks[name] is None:
                 yield name, f"is {info.fields[name]!r}; expected a time of day, hh:mm:ss"
     offsets = {}
     for name in ("ScanStart", "InjectionStart"):
         if name in info.fields:
-            offsets[name] = _number(info.fields[name])
+            offsets[name] = number(info.fields[name])
             if offsets[name] is None:
                 yield name, f"is {info.fields[name]!r}; expected seconds from TimeZero"
     scan, injection = offsets.get("ScanStart"), offsets.get("InjectionStart")
@@ -255,7 +247,7 @@ def _times(info: PetInfo) -> Iterator[tuple[str, str]]:
 
 def _dose(info: PetInfo) -> Iterator[tuple[str, str]]:
     for name in ("InjectedRadioactivity", "RadionuclideTotalDose"):
-        dose = _number(info.fields.get(name))
+        dose = number(info.fields.get(name))
         if name in info.fields and (dose is None or dose <= 0):
             yield name, f"is {info.fields[name]!r}; expected a positive number"
             return
@@ -269,33 +261,3 @@ def _dose(info: PetInfo) -> Iterator[tuple[str, str]]:
 
 def _text(value: object) -> str | None:
     return value.strip() or None if isinstance(value, str) else None
-
-
-def _number(value: object) -> float | None:
-    """A finite number; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _numbers(value: object) -> tuple[float, ...] | None:
-    """Finite numbers; a single one, as some converters write it for a static scan, is a list."""
-    entries = value if isinstance(value, list) else [value]
-    numbers = tuple(n for entry in entries if (n := _number(entry)) is not None)
-    return numbers if numbers and len(numbers) == len(entries) else None
-
-
-def _clock(value: object) -> float | None:
-    """Seconds after midnight of "hh:mm:ss" with or without a fraction."""
-    text = value.strip() if isinstance(value, str) else ""
-    match = re.fullmatch(r"(\d\d?):(\d\d):(\d\d(?:\.\d*)?)", text)
-    if match is None:
-        return None
-    hours, minutes, seconds = int(match[1]), int(match[2]), float(match[3])
-    if hours > 23 or minutes > 59 or seconds >= 61:
-        return None
-    return 3600.0 * hours + 60.0 * minutes + seconds

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +18,10 @@ from petite_fast.data.acquisition import (
     mean_rate_time,
     plausible_elapsed,
 )
+from petite_fast.data.sidecar_values import BQ_PER_UNIT, UNITS, clock, numbers
 from petite_fast.errors import InputError
 
-_BQ_PER_UNIT = {"bq": 1.0, "kbq": 1e3, "mbq": 1e6, "gbq": 1e9, "mci": 3.7e7, "uci": 3.7e4}
-_UNITS = {
-    **dict.fromkeys(("bq/ml", "bqml", "bq/cc", "bq/cm3"), "Bq/mL"),
-    **dict.fromkeys(("suv", "suvbw", "g/ml", "gml"), "SUVbw"),
-    **dict.fromkeys(("counts", "cnts"), "counts"),
-}
+_UNITS = UNITS | {"bq/cc": "Bq/mL", "bq/cm3": "Bq/mL"}
 _CLOCK_TOLERANCE_S = 60.0  # between scanner clocks and rounded times
 
 
@@ -106,13 +101,10 @@ class _Fields:
         value = self.content.get(field)
         if value is None:
             return None
-        values = value if isinstance(value, list) else [value]
-        if not values or any(
-            isinstance(v, bool) or not isinstance(v, (int, float)) or not _is_finite(v)
-            for v in values
-        ):
+        found = numbers(value)
+        if found is None:
             raise self.fail(field, "finite numbers")
-        return tuple(map(float, values))
+        return found
 
     def text(self, field: str) -> str | None:
         value = self.content.get(field)
@@ -125,20 +117,10 @@ class _Fields:
         value = self.text(field)
         if value is None:
             return None
-        match = re.fullmatch(r"(\d{1,2}):(\d{2}):(\d{2}(?:\.\d+)?)", value.strip())
-        if not match:
+        seconds = clock(value)
+        if seconds is None:
             raise self.fail(field, "a time HH:MM:SS")
-        hours, minutes, seconds = map(float, match.groups())
-        if hours > 23 or minutes > 59 or seconds >= 61:
-            raise self.fail(field, "a time HH:MM:SS")
-        return hours * 3600 + minutes * 60 + seconds
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except OverflowError:  # a whole number of hundreds of digits
-        return False
+        return seconds
 
 
 def _timing(fields: _Fields, frames: int) -> Timing | None:
@@ -193,7 +175,7 @@ def _tracer(fields: _Fields, timing: Timing | None) -> Tracer:
     if half_life is None and nuclide is not None:
         half_life = HALF_LIFE_S[nuclide]
     dose, unit = fields.number("InjectedRadioactivity"), fields.text("InjectedRadioactivityUnits")
-    factor = _BQ_PER_UNIT.get(unit.strip().lower()) if unit else None
+    factor = BQ_PER_UNIT.get(unit.strip().lower()) if unit else None
     elapsed, problem = None, Tracer.problem
     try:
         elapsed = _elapsed(fields, timing, half_life)

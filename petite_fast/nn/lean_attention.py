@@ -120,9 +120,10 @@ class LeanWindowAttentionTwin(Twin):
         if known is not None:
             return known
         groups = _groups(mask)
-        order = torch.tensor([w for group in groups for w in group], device=mask.device)
         firsts, sizes = [group[0] for group in groups], [len(group) for group in groups]
-        found = Grouping(firsts, sizes, order, order.argsort())
+        with torch.inference_mode(False):  # a later backward may need what is kept here
+            order = torch.tensor([w for group in groups for w in group], device=mask.device)
+            found = Grouping(firsts, sizes, order, order.argsort())
         # Tensors without memory have no values: what was seen in them is no mask's.
         if self.mask_key is not None and type(mask) is Tensor and not mask.is_meta:
             _groupings[self.mask_key] = found

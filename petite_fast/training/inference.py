@@ -104,11 +104,15 @@ class Reconstructor:
         volume = require_static(read_volume(path))
         if dicom and volume.dicom is None:
             raise InputError(f"{path}: not DICOM; expected a DICOM series for a result in DICOM")
-        array, target = self.array(volume.array, path), output_path(path, out, name)
+        target = output_path(path, out, name)
+        series = out / f"{_stem(target)}_dicom"
+        if dicom and series.exists():  # said before the network runs
+            raise InputError(f"{series}: is there already; expected a new folder for the series")
+        array = self.array(volume.array, path)
         if dicom:
             from petite_fast.data.dicom_write import write_dicom
 
-            write_dicom(volume, array, out / f"{_stem(target)}_dicom", keep_ids=keep_ids)
+            write_dicom(volume, array, series, keep_ids=keep_ids)
         if derivative_path(path, out) is not None:
             # the sidecar first: where there is a result, it says where that came from
             write_provenance(path, target, out, self.provenance)
@@ -144,7 +148,7 @@ def find_inputs(path: Path) -> list[Path]:
         return found
     if any(p.is_file() and not p.name.lower().endswith(_ENDINGS) for p in entries):
         return [path]
-    folders = [p for p in entries if p.is_dir()]
+    folders = [p for p in entries if p.is_dir() and SUFFIX not in p.name]
     if not folders:
         raise InputError(f"{path}: no NIfTI (.nii, .nii.gz), ECAT (.v) or DICOM file in it")
     return folders

@@ -155,6 +155,7 @@ def test_wrong_arguments_are_refused() -> None:
         emulate((geometry, odd, *tensors[1:]))
 
 
+@pytest.mark.usefixtures("free_choice")
 def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "cuda_available", lambda device: (True, ""))
     numbers = {

@@ -222,6 +222,7 @@ def test_shared_memory_exists() -> None:
     assert max(halves) <= (164 * 1024) // 2 - 1024  # two blocks at a time
 
 
+@pytest.mark.usefixtures("free_choice")
 def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "cuda_available", lambda device: (True, ""))
 

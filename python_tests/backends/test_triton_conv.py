@@ -280,6 +280,7 @@ def test_compiled_low_rank(
     check_compiled(kernel, capability, precision, tmp_path)
 
 
+@pytest.mark.usefixtures("free_choice")
 @compiler
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "available", lambda device: (True, ""))

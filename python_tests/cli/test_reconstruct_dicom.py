@@ -29,7 +29,7 @@ def everything(folder: Path) -> bytes:
     return b"".join(str(p.relative_to(folder)).encode() + p.read_bytes() for p in files)
 
 
-def test_a_folder_named_after_the_patient(run, base: Path, tmp_path: Path) -> None:
+def test_a_folder_named_after_the_patient(run, refused, base: Path, tmp_path: Path) -> None:
     scans = tmp_path / "scans"
     for k, visit in enumerate((f"{SECRET} 1", f"{SECRET} 2")):
         make_series(scans / visit, series_uid=f"1.2.3.{k}")
@@ -41,6 +41,9 @@ def test_a_folder_named_after_the_patient(run, base: Path, tmp_path: Path) -> No
         series = read_volume(out / f"series-{k:03d}_desc-petite_dicom")
         assert same_grid(image, read_volume(source)) and same_grid(series, image)
         assert series.units == "Bq/mL"
+    again = refused("reconstruct", scans, "--base", base, "--out", out, "--dicom")
+    assert "is there already" in again and SECRET not in again
+    assert "no NIfTI" in refused("reconstruct", out, "--base", base, "--out", tmp_path / "twice")
     written = everything(out) + result.out.encode() + result.err.encode()
     assert not [name for name in IDENTIFIERS if name.encode() in written]
 

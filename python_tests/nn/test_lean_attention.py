@@ -161,6 +161,23 @@ def test_a_mask_is_looked_at_once_for_each_size(use_checkpoint, monkeypatch) -> 
     assert lean.attn.mask_key is None
 
 
+def test_a_mask_first_seen_in_inference_serves_a_step(monkeypatch) -> None:
+    monkeypatch.setattr(lean_attention, "_groupings", {})
+    block = swin.SwinTransformerBlock(WIDTH, HEADS, WINDOW, shift_size=(1, 1, 1))
+    block.attn.relative_position_bias_table.requires_grad_(False)
+    lean = LeanSwinBlockTwin.become_(block)
+    LeanWindowAttentionTwin.become_(lean.attn)
+    mask = swin.compute_mask([6, 6, 9], WINDOW, (1, 1, 1), torch.device("cpu"))
+    x = torch.randn(2, 6, 6, 9, WIDTH)
+    with torch.inference_mode():
+        seen = lean(x, mask)
+    assert len(lean_attention._groupings) == 1
+    y = lean(x, mask)
+    y.sum().backward()
+    torch.testing.assert_close(y, seen)
+    assert lean.attn.qkv.weight.grad.isfinite().all()
+
+
 def test_what_has_no_values_is_not_remembered(monkeypatch) -> None:
     """Nor does it meet what is remembered: a memory estimate before training, and after."""
     monkeypatch.setattr(lean_attention, "_groupings", {})

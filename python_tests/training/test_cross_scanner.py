@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pet_trees import thinned_dataset
 
-from petite_fast.data import read_volume, thin, write_like
+from petite_fast.data import read_volume
 from petite_fast.models import CVTGANGenerator, save_network
 from petite_fast.training import tasks
 from petite_fast.training.evaluate import Comparison, evaluate
@@ -17,21 +18,6 @@ from petite_fast.training.loop import TrainSettings
 
 PATCH = (32, 32, 32)
 SPACINGS = (5.47, 4.69, 3.91)  # mm, in-plane
-
-
-def scanner_data(folder: Path, files: list[Path]) -> Path:
-    """A data set of one scanner: two subjects to train on, one held out."""
-    folder.mkdir()
-    entries = []
-    for k, path in enumerate(files):
-        volume = read_volume(path)
-        short = thin(volume.array, 1 / 6, np.random.default_rng(k), 10.0 * volume.array.size)
-        image = write_like(volume, short, folder / f"short-{k}.nii.gz")
-        entries.append({"image": image.name, "label": str(path), "subject": f"s{k}"})
-    folds = [{"training": ["s0", "s1"], "validation": ["s2"]}]
-    listing = folder / "dataset.json"
-    listing.write_text(json.dumps({"training": entries, "folds": folds}))
-    return listing
 
 
 def test_one_base_and_an_adapter_for_each_scanner(test_data: Path, tmp_path: Path) -> None:
@@ -42,7 +28,7 @@ def test_one_base_and_an_adapter_for_each_scanner(test_data: Path, tmp_path: Pat
     if min(map(len, scanners)) < 3:
         pytest.skip(f"no three subjects of each of three spacings under {test_data}")
     source, *targets = [
-        scanner_data(tmp_path / f"scanner-{k}", files[:3]) for k, files in enumerate(scanners)
+        thinned_dataset(tmp_path / f"scanner-{k}", files[:3], 2) for k, files in enumerate(scanners)
     ]
 
     torch.manual_seed(0)

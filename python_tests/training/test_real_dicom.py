@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pet_trees import thinned_dataset
 
-from petite_fast.data import read_volume, same_grid, thin, to_suv, write_like
+from petite_fast.data import read_volume, same_grid, thin, to_suv
 from petite_fast.data.dicom_write import write_dicom
 from petite_fast.models import CVTGANGenerator, save_network
 from petite_fast.training import tasks
@@ -24,15 +24,7 @@ def tuned(test_data: Path, tmp_path: Path) -> tasks.inference.Reconstructor:
     found = sorted(test_data.glob("ibsi-sts/STS_00[1-2]/PET_image.nii.gz"))
     if len(found) < 2:
         pytest.skip(f"no IBSI scans under {test_data}")
-    entries = []
-    for k, path in enumerate(found):
-        volume = read_volume(path)
-        short = thin(volume.array, 1 / 6, np.random.default_rng(k), 10.0 * volume.array.size)
-        image = write_like(volume, short, tmp_path / f"short-{k}.nii.gz")
-        entries.append({"image": image.name, "label": str(path), "subject": f"s{k}"})
-    folds = [{"training": ["s0", "s1"], "validation": []}]
-    listing = tmp_path / "dataset.json"
-    listing.write_text(json.dumps({"training": entries, "folds": folds}))
+    listing = thinned_dataset(tmp_path, found, 2)
     torch.manual_seed(0)
     save_network(tmp_path / "base", CVTGANGenerator((8, 16, 16, 16)), normalisation="paired")
     settings = TrainSettings(tmp_path / "run", steps=5, batch=2, lr=1e-2, seed=1)

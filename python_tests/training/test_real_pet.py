@@ -9,8 +9,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from pet_trees import thinned_dataset
 
-from petite_fast.data import read_volume, thin, write_like
+from petite_fast.data import read_volume
 from petite_fast.models import CVTGANGenerator, save_network
 from petite_fast.training import tasks
 from petite_fast.training.loop import TrainSettings
@@ -24,18 +25,7 @@ def dataset(test_data: Path, tmp_path: Path) -> Path:
     found = sorted(test_data.glob("ibsi-sts/STS_00[1-4]/PET_image.nii.gz"))
     if len(found) < 3:
         pytest.skip(f"no IBSI scans under {test_data}")
-    entries = []
-    for k, path in enumerate(found[:3]):
-        volume = read_volume(path)
-        rng = np.random.default_rng(k)
-        counts = 10.0 * volume.array.size
-        short = thin(volume.array, 1 / 6, rng, counts)
-        image = write_like(volume, short, tmp_path / f"short-{k}.nii.gz")
-        entries.append({"image": image.name, "label": str(path), "subject": f"s{k}"})
-    folds = [{"training": ["s0", "s1"], "validation": ["s2"]}]
-    listing = tmp_path / "dataset.json"
-    listing.write_text(json.dumps({"training": entries, "folds": folds}))
-    return listing
+    return thinned_dataset(tmp_path, found[:3], 2)
 
 
 @pytest.mark.parametrize(("recipe", "lr"), [("petite", 1e-2), ("full", 3e-3)])

@@ -144,7 +144,10 @@ def find(
 ) -> Entry | None:
     """The entry of `op` for arguments of this geometry: kept, or measured if that is wanted."""
     device = args[0].device
-    cache, key = cache_of(device.index), geometry_key(op, args)
+    cache = cache_of(device.index)
+    if not cache.entries and not _may_measure():
+        return None  # nobody has tuned: the key, which every call would make, is not needed
+    key = geometry_key(op, args)
     entry = cache.entries.get(key)
     if entry is not None or key in cache.passed_over or not _may_measure():
         return entry
