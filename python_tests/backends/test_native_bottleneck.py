@@ -37,8 +37,8 @@ def threads() -> Iterator[Any]:
 def tensors(size: Any, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     """x, grad_y, Wd, bd, Wu, bu."""
     batch, channels, hidden, spatial = size
-    # With seed 0 the only voxel of the first size lies at the zero of GELU's slope, where the rounding
-    # of a product that baseline, without FMA, makes and torch does not is all that is left.
+    # With seed 0 the only voxel of the first size lies at the zero of GELU's slope: there the rounding
+    # of a product, which baseline, without FMA, makes and torch does not, is what is left.
     generator = torch.Generator().manual_seed(1)
     shapes = (batch, channels, *spatial)
     weights = ((hidden, channels), (hidden,), (channels, hidden), (channels,))
