@@ -37,8 +37,8 @@ def threads() -> Iterator[Any]:
 def tensors(size: Any, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     """x, grad_y, Wd, bd, Wu, bu."""
     batch, channels, hidden, spatial = size
-    # With seed 0 the only voxel of the first size lies at the zero of GELU's slope: there the rounding
-    # of a product, which baseline, without FMA, makes and torch does not, is what is left.
+    # With seed 0 the first size has its voxel at the zero of GELU's slope: what is left
+    # there is a product's rounding, which baseline, without FMA, makes and torch does not.
     generator = torch.Generator().manual_seed(1)
     shapes = (batch, channels, *spatial)
     weights = ((hidden, channels), (hidden,), (channels, hidden), (channels,))
