@@ -81,13 +81,18 @@ def assert_twice_torch(
     factor: float = 2.0,
     name: str = "output",
 ) -> None:
-    """|ours - exact| <= factor * |torch - exact| in the largest norm, plus a floor of 4 ulp."""
+    """|ours - exact| <= factor * |torch - exact| in the largest norm, plus a floor of 4 ulp.
+
+    What torch itself gets NaN or infinite adds nothing to its error: oneDNN's bfloat16 convolutions
+    of a few voxels read memory that nobody wrote.
+    """
     assert ours.shape == exact.shape, f"{name}: shape {ours.shape}, wanted {exact.shape}"
     if exact.numel() == 0:
         return
     ours, torch_same_dtype, exact = ours.detach(), torch_same_dtype.detach(), exact.detach()
     error = (ours.double() - exact).abs()
-    allowed = factor * (torch_same_dtype.double() - exact).abs().max()
+    torch_error = (torch_same_dtype.double() - exact).abs()
+    allowed = factor * torch_error.nan_to_num(0.0, 0.0).max()
     floor = 4 * torch.finfo(ours.dtype).eps * exact.abs().max()
     worst = int(error.argmax())
     cosine = torch.nn.functional.cosine_similarity(ours.double().flatten(), exact.flatten(), dim=0)
