@@ -191,6 +191,7 @@ def finetune(
         "reconstruct data/63/dataset.json --fold 0 --base runs/base --adapter runs/63 --out out",
         "reconstruct bids --base runs/base --out bids/derivatives/petite_fast",
         "reconstruct dicom_folder --base runs/base --out out --dicom",
+        "reconstruct dynamic.nii.gz --frames 0 --base runs/base --out out",
     )
 )
 def reconstruct(
@@ -202,6 +203,9 @@ def reconstruct(
     adapter: Adapter = None,
     fold: Fold = None,
     split: Annotated[Split | None, typer.Option(help="Which subjects of a data set.")] = None,
+    frames: Annotated[
+        str | None, typer.Option(help="Of dynamic series: the frames that are the short scan.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dicom: Annotated[
         bool, typer.Option("--dicom", help="Write derived DICOM series as well, from DICOM.")
@@ -212,8 +216,10 @@ def reconstruct(
 ) -> None:
     """Turn short scans into standard ones, each on its own grid and in its own units."""
     from petite_fast.data.collection import find_layout, read_inputs
+    from petite_fast.data.frames import parse_frames
     from petite_fast.training import inference, tasks
 
+    chosen = None if frames is None else parse_frames(frames)
     if find_layout(scans) is None:
         inputs = inference.find_inputs(scans)
     else:
@@ -221,7 +227,8 @@ def reconstruct(
         inference.check_distinct(inputs)
     reconstructor = tasks.load_reconstructor(base, adapter, device_name(device))
     for path, name in zip(inputs, inference.result_names(inputs, keep_ids), strict=True):
-        _say(str(reconstructor.file(path, out, name, dicom=dicom, keep_ids=keep_ids)))
+        result = reconstructor.file(path, out, name, frames=chosen, dicom=dicom, keep_ids=keep_ids)
+        _say(str(result))
 
 
 @app.command(

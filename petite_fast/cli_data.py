@@ -1,4 +1,4 @@
-"""The commands about data sets: validate and convert."""
+"""The commands about data sets: pairs, validate and convert."""
 
 from __future__ import annotations
 
@@ -24,6 +24,68 @@ class LayoutName(str, Enum):
     bids = "bids"
     decathlon = "decathlon"
     nnunet = "nnunet"
+
+
+class SuvKind(str, Enum):
+    """What SUV is relative to."""
+
+    bw = "bw"
+    lbm = "lbm"
+    bsa = "bsa"
+
+
+@commands.command(
+    epilog=examples(
+        "pairs bids --out data/63 --short 2 --standard 0-5",
+        "pairs dicom/*/pet --out data/63 --dose 6 --suv bw",
+        "pairs standard_scans --out data/63 --dose 4 --dose 10 --dose 20 --scanner 63",
+    )
+)
+def pairs(
+    scans: Annotated[
+        list[Path],
+        typer.Argument(help="NIfTI, ECAT or DICOM series, folders of them, BIDS-PET trees."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder, empty or not there.")],
+    short: Annotated[
+        int | None, typer.Option(min=0, help="Frame of dynamic series that is the short scan.")
+    ] = None,
+    standard: Annotated[
+        str | None, typer.Option(help="Frames whose mean is the standard scan; default: all.")
+    ] = None,
+    dose: Annotated[
+        list[int] | None,
+        typer.Option(help="Thin the standard scan's counts by this factor; repeat for several."),
+    ] = None,
+    counts: Annotated[
+        float,
+        typer.Option(help="With --dose: noise-equivalent counts in a voxel of mean uptake."),
+    ] = 100.0,
+    suv: Annotated[SuvKind | None, typer.Option(help="Write SUV; default: units as is.")] = None,
+    scanner: Annotated[
+        str | None, typer.Option(help="Name in the list; default: what BIDS and DICOM say.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of thinning and splits.")] = 0,
+) -> None:
+    """Make training pairs of frames of dynamic series, or by thinning standard scans."""
+    from petite_fast.data.bids import images, is_tree
+    from petite_fast.data.frames import parse_frames
+    from petite_fast.data.pairs import Recipe, make_pairs
+    from petite_fast.training.inference import find_inputs
+
+    recipe = Recipe(
+        short,
+        None if standard is None else parse_frames(standard),
+        tuple(dose or ()),
+        counts,
+        None if suv is None else suv.value,
+        scanner,
+        seed,
+    )
+    found = []
+    for scan in scans:
+        found += images(scan) if scan.is_dir() and is_tree(scan) else find_inputs(scan)
+    _out.print(f"decathlon: {make_pairs(found, out, recipe)}, of {len(found)} scans")
 
 
 @commands.command(epilog=examples("validate data/63/dataset.json", "validate bids"))

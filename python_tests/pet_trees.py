@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 
 from petite_fast.data import read_volume, thin, write_like, write_volume
@@ -87,6 +88,25 @@ def bids_tree(root: Path, subjects: int = 5, sessions: int = 1) -> Path:
                 name = f"{stem}_rec-{kind}_pet"
                 save(folder / f"{name}.nii.gz", factor * scan(10 * k + s))
                 save_json(folder / f"{name}.json", {"FrameDuration": [seconds]})
+    (root / "participants.tsv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def dynamic_tree(root: Path, subjects: int = 3, sessions: int = 1) -> Path:
+    """One series of six 5-minute frames per visit; times, units and dose stand at the root."""
+    times = {"FrameTimesStart": [1800 + 300 * t for t in range(6)], "FrameDuration": [300] * 6}
+    save_json(root / "dataset_description.json", {"Name": "Test", "BIDSVersion": "1.10.0"})
+    save_json(root / "pet.json", SIDECAR | times)
+    rows = ["participant_id\tweight"]
+    for k in range(1, subjects + 1):
+        rows.append(f"sub-P{k}\t{60 + k}")
+        for s in range(1, sessions + 1):
+            visit = f"ses-{s}" if sessions > 1 else ""
+            folder = root / f"sub-P{k}" / visit / "pet"
+            name = f"sub-P{k}{'_' + visit if visit else ''}_trc-FDG_pet.nii.gz"
+            folder.mkdir(parents=True)
+            series = np.stack([scan(100 * k + 10 * s + t) for t in range(6)], axis=3)
+            nib.save(nib.Nifti1Image(series, np.diag([*SPACING, 1.0])), folder / name)
     (root / "participants.tsv").write_text("\n".join(rows) + "\n")
     return root
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from petite_fast.data.sidecar_values import BQ_PER_UNIT, UNITS, clock, number, numbers
+from petite_fast.data.sidecar_values import UNITS, clock, dose_bq, number, numbers
 
 _OVERLAP_S = 0.5  # frame times are rounded to this by some converters
 _CLOCK_S = 5.0  # clock times are written in whole seconds, and scanners' clocks differ a little
@@ -121,13 +121,8 @@ class PetInfo:
 
     @property
     def dose_bq(self) -> float | None:
-        """InjectedRadioactivity in Bq; of a file without it, RadionuclideTotalDose (dcm2niix)."""
-        dose = number(self.fields.get("InjectedRadioactivity"))
-        if "InjectedRadioactivity" not in self.fields:
-            return number(self.fields.get("RadionuclideTotalDose"))
-        unit = _text(self.fields.get("InjectedRadioactivityUnits")) or ""
-        scale = BQ_PER_UNIT.get(unit.strip().lower().replace("\u00b5", "u"))
-        return None if dose is None or scale is None else dose * scale
+        """The injected activity in Bq; see `petite_fast.data.sidecar_values.dose_bq`."""
+        return dose_bq(self.fields)
 
     @property
     def weight_kg(self) -> float | None:

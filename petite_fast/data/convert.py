@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from petite_fast.data.bids import SHORT, STANDARD, entities_of
+from petite_fast.data.bids import SHORT, STANDARD
 from petite_fast.data.bids_sidecar import PetInfo
 from petite_fast.data.cases import Case
 from petite_fast.data.collection import Collection, Layout, read_collection
 from petite_fast.data.derivatives import BIDS_VERSION, DESCRIPTION
+from petite_fast.data.inheritance import entities_of
 from petite_fast.data.splits import FILE_NAME, Splits
 from petite_fast.data.volume import read_volume, write_like
 from petite_fast.errors import InputError

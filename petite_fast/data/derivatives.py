@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from petite_fast._version import __version__
-from petite_fast.data.bids import entities_of, inherited_sidecar
+from petite_fast.data.acquisition import Timing
+from petite_fast.data.inheritance import (
+    entities_of,
+    inherited_sidecar,
+    tree_root,
+    visit_folders,
+)
 from petite_fast.files import write_json
 
 BIDS_VERSION = "1.10.0"
@@ -31,10 +37,16 @@ def derivative_path(image: Path, out: Path) -> Path | None:
     if entities is None:
         return None
     name = image.name.partition("_pet.nii")[0]
-    return out.joinpath(*_folders(entities)) / f"{name}_desc-{LABEL}_pet.nii.gz"
+    return out.joinpath(*visit_folders(entities)) / f"{name}_desc-{LABEL}_pet.nii.gz"
 
 
-def write_provenance(image: Path, result: Path, out: Path, provenance: Mapping[str, Any]) -> None:
+def write_provenance(
+    image: Path,
+    result: Path,
+    out: Path,
+    provenance: Mapping[str, Any],
+    timing: Timing | None = None,
+) -> None:
     """Write the sidecar of `result`, and dataset_description.json if `out` has none.
 
     Args:
@@ -42,15 +54,12 @@ def write_provenance(image: Path, result: Path, out: Path, provenance: Mapping[s
         result: `derivative_path` of it.
         out: the derivative data set.
         provenance: JSON-able: hashes, adapter, normalisation, version.
+        timing: of the short scan, where it is not all of `image`.
 
     Raises:
         OSError: a file cannot be written.
     """
-    entities = entities_of(image) or {}
-    folders = _folders(entities)
-    root = image.parent
-    if image.parts[-1 - len(folders) : -1] == folders:
-        root = image.parents[len(folders)]
+    folders, root = visit_folders(entities_of(image) or {}), tree_root(image)
     info, _ = inherited_sidecar(root, image)
     sidecar = {
         "Description": "Standard scan, estimated from the short scan named in Sources",
@@ -59,6 +68,9 @@ def write_provenance(image: Path, result: Path, out: Path, provenance: Mapping[s
         **info.shareable(),
         "PetiteFast": dict(provenance),
     }
+    if timing is not None:
+        sidecar["FrameTimesStart"] = list(timing.start_s)
+        sidecar["FrameDuration"] = list(timing.duration_s)
     write_json(result.with_name(f"{result.name.removesuffix('.nii.gz')}.json"), sidecar)
     if not (out / DESCRIPTION).is_file():
         write_json(out / DESCRIPTION, _description(root, out))
@@ -76,7 +88,3 @@ def _description(root: Path, out: Path) -> dict[str, Any]:
     if set(Path(link).parts) == {".."}:
         content["DatasetLinks"] = {"raw": Path(link).as_posix()}
     return content
-
-
-def _folders(entities: Mapping[str, str]) -> tuple[str, ...]:
-    return (*(f"{key}-{entities[key]}" for key in ("sub", "ses") if key in entities), "pet")

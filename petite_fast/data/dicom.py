@@ -155,6 +155,19 @@ def read_dicom(source: Path) -> Volume:
     return _volume(source, first, slices, grid)
 
 
+def patient_and_scanner(series: Series) -> tuple[str, str]:
+    """PatientID of a series, "" without one, and manufacturer with model, else "unknown".
+
+    The ID tells whether two series are of one patient; it must not be written anywhere.
+    """
+    path = Path(series.slices[0][0].path)
+    tags = ["PatientID", "Manufacturer", "ManufacturerModelName"]
+    with damaged_is_input_error(path, _EXPECTED):
+        ds = dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
+        patient, *names = (str(ds.get(tag) or "").strip() for tag in tags)
+    return patient, " ".join(filter(None, names)) or "unknown"
+
+
 def _volume(source: Path, ds: Dataset, slices: list[Slice], grid: tuple[float, ...]) -> Volume:
     with damaged_is_input_error(source, _EXPECTED):
         kinds = [str(k) for k in ds.get("SeriesType") or ()]

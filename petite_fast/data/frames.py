@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,6 +16,23 @@ from petite_fast.data.lazy import Reader, Volume
 from petite_fast.errors import InputError
 
 Average = Literal["activity", "counts"]
+
+
+def parse_frames(text: str) -> tuple[int, ...]:
+    """Ascending frame numbers, from 0, of "2", "0-5" or "0-2,5".
+
+    Raises:
+        InputError: other text, or numbers that do not ascend.
+    """
+    frames: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+        if match is None:
+            raise InputError(f"frames are {text!r}; expected numbers from 0, such as 2 or 0-5")
+        frames += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if not frames or frames != sorted(set(frames)):
+        raise InputError(f"frames are {text!r}; expected ascending numbers, such as 0-2,5")
+    return tuple(frames)
 
 
 def select_frames(volume: Volume, indices: Sequence[int]) -> Volume:

@@ -141,7 +141,7 @@ def require_static(volume: Volume) -> Volume:
     if len(volume.shape) == 4:
         raise InputError(
             f"{volume.source}: a dynamic series of {volume.frame_count} frames; expected one 3-D"
-            " volume (petite_fast.data.frames makes one)"
+            " volume (petite-fast pairs makes training pairs, reconstruct --frames takes frames)"
         )
     return volume
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,18 @@ from petite_fast.data.acquisition import (
     mean_rate_time,
     plausible_elapsed,
 )
-from petite_fast.data.sidecar_values import BQ_PER_UNIT, UNITS, clock, numbers
+from petite_fast.data.inheritance import (
+    body_weights,
+    entities_of,
+    inherited_sidecar,
+    load_sidecar,
+    tree_root,
+)
+from petite_fast.data.sidecar_values import UNITS, clock, dose_bq, numbers
 from petite_fast.errors import InputError
 
 _UNITS = UNITS | {"bq/cc": "Bq/mL", "bq/cm3": "Bq/mL"}
+_UNKNOWN = "n/a"  # what BIDS writes for a required field that nobody knows
 _CLOCK_TOLERANCE_S = 60.0  # between scanner clocks and rounded times
 
 
@@ -35,25 +43,33 @@ class Facts:
 
 
 def read_sidecar(image: Path, frames: int) -> Facts:
-    """Read the sidecar of `image` (.nii or .nii.gz, of `frames` frames), if there is one.
+    """Read what sidecars say of `image` (.nii or .nii.gz, of `frames` frames), if there are any.
+
+    An image with a BIDS-PET name has those that it inherits, and its subject's weight from
+    participants.tsv (see `petite_fast.data.inheritance`); any other the one of its own name.
 
     Raises:
         InputError: the sidecar is no JSON object, or a field of it is of the wrong kind, or its
             times contradict each other or the image; the message names file and field.
     """
-    path = image.with_name(re.sub(r"\.nii(\.gz)?$", "", image.name, flags=re.I) + ".json")
-    if not path.is_file():
+    entities = entities_of(image)
+    if entities is None:
+        path = image.with_name(re.sub(r"\.nii(\.gz)?$", "", image.name, flags=re.I) + ".json")
+        content = load_sidecar(path) if path.is_file() else {}
+        return parse_sidecar(content, frames, path) if content else Facts()
+    root = tree_root(image)
+    weight = body_weights(root)[0].get(f"sub-{entities['sub']}")
+    info, problems = inherited_sidecar(root, image, weight)
+    if problems:
+        raise InputError(str(problems[0]))
+    if not info.fields:
         return Facts()
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON; expected a BIDS-PET sidecar") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: the top level is no object; expected a BIDS-PET sidecar")
-    return parse_sidecar(content, frames, path)
+    return parse_sidecar(info.fields, frames, Path(info.file), info.origin)
 
 
-def parse_sidecar(content: dict[str, Any], frames: int, where: Path) -> Facts:
+def parse_sidecar(
+    content: Mapping[str, Any], frames: int, where: Path, origin: Mapping[str, str] | None = None
+) -> Facts:
     """Units, timing and tracer of a sidecar's `content`.
 
     Both forms are read: with TimeZero (BIDS; dcm2niix until 2026-04) all times are seconds from
@@ -63,11 +79,12 @@ def parse_sidecar(content: dict[str, Any], frames: int, where: Path) -> Facts:
         content: the JSON object.
         frames: of the image it belongs to.
         where: names the sidecar in errors.
+        origin: the file that a field stands in, where that is another one.
 
     Raises:
         InputError: see `read_sidecar`.
     """
-    fields = _Fields(content, where)
+    fields = _Fields(content, where, origin or {})
     timing = _timing(fields, frames)
     if timing is not None:
         check_timing(timing, frames, where)
@@ -84,12 +101,14 @@ def parse_sidecar(content: dict[str, Any], frames: int, where: Path) -> Facts:
 class _Fields:
     """Typed access to a sidecar."""
 
-    content: dict[str, Any]
+    content: Mapping[str, Any]
     where: Path
+    origin: Mapping[str, str]
 
     def fail(self, field: str, expected: str) -> InputError:
         # The value is not quoted: a field in the wrong place may hold anything.
-        return InputError(f"{self.where}: {field} cannot be used; expected {expected}")
+        where = self.origin.get(field, self.where)
+        return InputError(f"{where}: {field} cannot be used; expected {expected}")
 
     def number(self, field: str) -> float | None:
         values = self.numbers(field)
@@ -99,7 +118,7 @@ class _Fields:
 
     def numbers(self, field: str) -> tuple[float, ...] | None:
         value = self.content.get(field)
-        if value is None:
+        if value in (None, _UNKNOWN):
             return None
         found = numbers(value)
         if found is None:
@@ -110,7 +129,7 @@ class _Fields:
         value = self.content.get(field)
         if value is not None and not isinstance(value, str):
             raise self.fail(field, "a text")
-        return value
+        return None if value == _UNKNOWN else value
 
     def clock(self, field: str) -> float | None:
         """Seconds of the day of "HH:MM:SS[.ffffff]"."""
@@ -174,8 +193,9 @@ def _tracer(fields: _Fields, timing: Timing | None) -> Tracer:
     half_life = fields.number("RadionuclideHalfLife") or fields.number("IsotopeHalfLife")
     if half_life is None and nuclide is not None:
         half_life = HALF_LIFE_S[nuclide]
-    dose, unit = fields.number("InjectedRadioactivity"), fields.text("InjectedRadioactivityUnits")
-    factor = BQ_PER_UNIT.get(unit.strip().lower()) if unit else None
+    for field in ("InjectedRadioactivity", "RadionuclideTotalDose"):
+        fields.number(field)  # refuses what is no number
+    fields.text("InjectedRadioactivityUnits")
     elapsed, problem = None, Tracer.problem
     try:
         elapsed = _elapsed(fields, timing, half_life)
@@ -185,7 +205,7 @@ def _tracer(fields: _Fields, timing: Timing | None) -> Tracer:
         problem = str(error)
     return Tracer(
         half_life_s=half_life,
-        dose_bq=None if dose is None or factor is None else dose * factor,
+        dose_bq=dose_bq(fields.content),
         weight_kg=fields.number("PatientWeight"),
         height_m=fields.number("PatientSize"),
         sex=fields.text("PatientSex"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 BQ_PER_UNIT = {"bq": 1.0, "kbq": 1e3, "mbq": 1e6, "gbq": 1e9, "uci": 3.7e4, "mci": 3.7e7}
 UNITS = {
@@ -42,3 +44,13 @@ def clock(value: object) -> float | None:
     if hours > 23 or minutes > 59 or seconds >= 61:
         return None
     return 3600.0 * hours + 60.0 * minutes + seconds
+
+
+def dose_bq(fields: Mapping[str, Any]) -> float | None:
+    """InjectedRadioactivity in Bq; of fields without it, RadionuclideTotalDose (later dcm2niix)."""
+    if "InjectedRadioactivity" not in fields:
+        return number(fields.get("RadionuclideTotalDose"))
+    dose, unit = number(fields["InjectedRadioactivity"]), fields.get("InjectedRadioactivityUnits")
+    text = unit.strip().lower() if isinstance(unit, str) else ""
+    scale = BQ_PER_UNIT.get(text.replace("\u00b5", "u").replace("\u03bc", "u"))
+    return None if dose is None or scale is None else dose * scale

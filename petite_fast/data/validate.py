@@ -15,7 +15,7 @@ from petite_fast.data.collection import Collection, read_collection
 from petite_fast.data.dataset import grid_text
 from petite_fast.data.nifti import read_nifti
 from petite_fast.data.normalise import require_signal
-from petite_fast.data.volume import Volume, read_volume, same_grid
+from petite_fast.data.volume import Volume, read_volume, require_static, same_grid
 from petite_fast.errors import InputError
 
 _SPACING_MM = 1e-3
@@ -77,6 +77,7 @@ def _volume(path: Path, has_info: bool) -> tuple[Volume | None, list[Problem]]:
     except OSError as error:
         return None, [Problem(str(path), f"cannot be read ({error.strerror or error})")]
     try:
+        require_static(volume)
         require_signal(voxels, path)
     except InputError as error:
         return volume, [_problem(path, error)]

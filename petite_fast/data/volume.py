@@ -31,8 +31,9 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
 
     - NIfTI-1 or NIfTI-2 (.nii, .nii.gz) of any orientation, byte order and scaling. Voxels are
       slope * stored + intercept, in float64, rounded once to float32. Trailing axes of length
-      1 are dropped; a fourth axis is time. Units, times and tracer come from a BIDS sidecar
-      (same name, .json) if there is one. A gzip file is read to its end, which verifies its
+      1 are dropped; a fourth axis is time. Units, times and tracer come from BIDS sidecars: of
+      an image with a BIDS-PET name those that it inherits, and its subject's weight from
+      participants.tsv; of another the .json of the same name. A gzip file is read to its end, which verifies its
       checksum.
     - ECAT7 (.v), with frame scale and calibration factor.
     - DICOM PET: the folder of one series, or one multi-frame file. Each slice has its own

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from petite_fast.data.derivatives import LABEL, derivative_path, write_provenance
+from petite_fast.data.frames import to_static
 from petite_fast.data.normalise import Normaliser
 from petite_fast.data.volume import read_volume, require_static, write_like
 from petite_fast.errors import InputError
@@ -79,6 +80,7 @@ class Reconstructor:
         out: Path,
         name: str | None = None,
         *,
+        frames: Sequence[int] | None = None,
         dicom: bool = False,
         keep_ids: bool = False,
     ) -> Path:
@@ -88,9 +90,10 @@ class Reconstructor:
         `petite_fast.data.derivatives`.
 
         Args:
-            path: what `read_volume` takes, static.
+            path: what `read_volume` takes; without `frames`, static.
             out: folder.
             name: of the result, before "_desc-petite"; None: the file's own.
+            frames: of a dynamic series, whose mean (`to_static`) is the short scan.
             dicom: write a derived DICOM series (a folder) beside the NIfTI; the input must be one.
             keep_ids: that series keeps the patient's name and IDs; see `write_dicom`.
 
@@ -101,9 +104,12 @@ class Reconstructor:
             InputError: the file cannot be used; see `read_volume` and `write_dicom`.
             OSError: the result cannot be written; nothing is left behind.
         """
-        volume = require_static(read_volume(path))
+        volume = read_volume(path)
+        volume = require_static(volume) if frames is None else to_static(volume, frames)
         if dicom and volume.dicom is None:
-            raise InputError(f"{path}: not DICOM; expected a DICOM series for a result in DICOM")
+            raise InputError(
+                f"{path}: not one image of a DICOM series; expected one for a result in DICOM"
+            )
         target = output_path(path, out, name)
         series = out / f"{_stem(target)}_dicom"
         if dicom and series.exists():  # said before the network runs
@@ -115,7 +121,10 @@ class Reconstructor:
             write_dicom(volume, array, series, keep_ids=keep_ids)
         if derivative_path(path, out) is not None:
             # the sidecar first: where there is a result, it says where that came from
-            write_provenance(path, target, out, self.provenance)
+            made, timing = dict(self.provenance), None
+            if frames is not None:
+                made["frames"], timing = list(frames), volume.timing
+            write_provenance(path, target, out, made, timing)
         return write_like(volume, array, target)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import nibabel as nib
 import pytest
-from pet_trees import bids_tree, nnunet_folder, save_json
+from pet_trees import bids_tree, dynamic_tree, nnunet_folder, save, save_json, scan
 
 from petite_fast import __version__
+from petite_fast.data import read_volume
 from petite_fast.models import load_network
 from petite_fast.peft.io import state_sha256
 
@@ -132,3 +133,42 @@ def test_nnunet_folder_in_a_row(project, run, tmp_path) -> None:
     assert [p.name for p in out.iterdir()] == ["MILLER_3_0000_desc-petite.nii.gz"]
     result = run("evaluate", out, "--data", root, "--split", "test")
     assert result.code == 0 and "case-004" in result.out and SECRET not in result.out
+
+
+def test_dynamic_series_from_pairs_to_reconstruction(project, run, refused, tmp_path) -> None:
+    tree, out = dynamic_tree(tmp_path / "bids"), tmp_path / "pairs"
+    result = run("validate", tree)
+    assert result.code == 1 and "a dynamic series of 6 frames" in result.out
+    assert "petite-fast pairs" in result.out
+    result = run("pairs", tree, "--out", out, "--short", 2, "--standard", "0-5")
+    assert result.code == 0, result
+    assert result.out.split() == ["decathlon:", f"{out}/dataset.json,", "of", "3", "scans"]
+    result = run("validate", out)
+    assert result.code == 0 and "3 cases of 3 subjects" in result.out, result
+    derived = tmp_path / "derived"
+    network = ("--base", project.base, "--device", "cpu", "--out", derived)
+    assert "a dynamic series of 6 frames" in refused("reconstruct", tree, *network)
+    assert run("reconstruct", tree, *network, "--frames", "1-2").code == 0
+    (written,) = (derived / "sub-P1").rglob("*_pet.nii.gz")
+    result = read_volume(written)
+    assert len(result.shape) == 3 and result.timing is not None
+    assert (result.timing.start_s, result.timing.duration_s) == ((2100.0,), (600.0,))
+    sidecar = json.loads(written.with_name(written.name.replace(".nii.gz", ".json")).read_text())
+    assert sidecar["PetiteFast"]["frames"] == [1, 2]
+    assert "expected numbers from 0" in refused("reconstruct", tree, *network, "--frames", "x")
+
+
+def test_standard_scans_are_thinned(run, refused, tmp_path) -> None:
+    for k in range(3):
+        save(tmp_path / "in" / f"{SECRET}{k}.nii.gz", scan(k))
+    out = tmp_path / "out"
+    result = run("pairs", tmp_path / "in", "--out", out, "--dose", 4, "--dose", 10)
+    assert result.code == 0, result
+    content = json.loads((out / "dataset.json").read_text())
+    assert content["pairs"] == {"dose_reduction": [4, 10], "counts_per_voxel": 100.0, "seed": 0}
+    assert len(content["training"]) == 4 and len(content["test"]) == 2 and "folds" in content
+    assert SECRET not in json.dumps(content)
+    assert not [path for path in out.rglob("*") if SECRET in path.name]
+    assert "not an empty folder" in refused("pairs", tmp_path / "in", "--out", out, "--dose", 4)
+    assert "expected one of them" in refused("pairs", tmp_path / "in", "--out", tmp_path / "b")
+    assert "no such file" in refused("pairs", tmp_path / "c", "--out", tmp_path / "b", "--dose", 4)

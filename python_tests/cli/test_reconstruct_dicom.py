@@ -68,7 +68,7 @@ def test_dicom_out_wants_dicom_in(refused, scan, base: Path, blob_scan: Path, tm
     message = refused(
         "reconstruct", blob_scan, "--base", base, "--out", tmp_path / "out", "--dicom"
     )
-    assert "not DICOM" in message
+    assert "not one image of a DICOM series" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pet_trees import NEW_DCM2NIIX, SIDECAR, bids_tree, nnunet_folder, save, save_json, scan
 
-from petite_fast.data.bids import entities_of, inherited_sidecar, read_tree
+from petite_fast.data.bids import read_tree
 from petite_fast.data.bids_sidecar import PetInfo, faults
 from petite_fast.data.collection import find_layout, read_collection, read_inputs, read_pairs
+from petite_fast.data.inheritance import entities_of, inherited_sidecar
 from petite_fast.errors import InputError
 
 

@@ -7,11 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from pet_trees import bids_tree, save_json
 from sidecar_cases import BIDS
 from volume_cases import save, voxels
 
-from petite_fast.data import Timing, read_volume
+from petite_fast.data import Timing, read_volume, to_suv
 from petite_fast.data.sidecar import Facts, parse_sidecar
 from petite_fast.errors import InputError
 
@@ -141,3 +143,36 @@ def test_sidecar_beside_the_image(tmp_path: Path) -> None:
         sidecar.write_bytes(content.encode("utf-8", "surrogateescape"))
         with pytest.raises(InputError, match=r"sub-01_pet.json: .*; expected a BIDS-PET sidecar"):
             read_volume(path)
+
+
+def test_what_nobody_knows_is_not_given() -> None:
+    """BIDS has "n/a" for a required field without a value."""
+    facts = parse(InjectedRadioactivity="n/a", InjectedRadioactivityUnits="n/a", Units="n/a")
+    assert facts.units is None and facts.tracer is not None and facts.tracer.dose_bq is None
+
+
+def test_dose_of_the_later_dcm2niix_is_in_bq() -> None:
+    facts = parse(InjectedRadioactivity=None, RadionuclideTotalDose=3.5e8)
+    assert facts.tracer is not None and facts.tracer.dose_bq == 3.5e8
+    refused("RadionuclideTotalDose cannot be used", RadionuclideTotalDose="much")
+
+
+def test_what_an_image_of_a_tree_inherits(tmp_path: Path) -> None:
+    """Times at the root, length in its own file, weight in participants.tsv: enough for SUV."""
+    tree = bids_tree(tmp_path, subjects=2)
+    image = tree / "sub-02" / "pet" / "sub-02_trc-FDG_rec-short_pet.nii.gz"
+    volume = read_volume(image)
+    assert volume.units == "Bq/mL" and volume.timing == Timing((1800,), (300,), (0,))
+    assert volume.tracer is not None and volume.tracer.weight_kg == 62
+    wanted = volume.array * (62_000 / 388.8e6)  # corrected to the injection
+    np.testing.assert_allclose(to_suv(volume).array, wanted, rtol=1e-6)
+    (tree / "participants.tsv").write_text("nothing")  # validate says so; here it is no weight
+    with pytest.raises(InputError, match="the body weight is not given"):
+        to_suv(read_volume(image))
+    save_json(tree / "sub-02" / "pet.json", {"InjectionStart": "soon"})
+    with pytest.raises(InputError, match=r"sub-02.pet\.json: InjectionStart cannot be used"):
+        read_volume(image)
+    (tree / "sub-02" / "pet.json").write_text("{")
+    with pytest.raises(InputError, match=r"sub-02.pet\.json: not valid JSON"):
+        read_volume(image)
+    assert read_volume(tree / "sub-01" / "pet" / image.name.replace("02", "01")).units == "Bq/mL"
