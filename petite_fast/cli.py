@@ -224,9 +224,9 @@ def reconstruct(
         inputs = inference.find_inputs(scans)
     else:
         inputs = read_inputs(scans, fold, split.value if split else None)
-        inference.check_distinct(inputs)
+    names = inference.result_names(inputs, keep_ids)
     reconstructor = tasks.load_reconstructor(base, adapter, device_name(device))
-    for path, name in zip(inputs, inference.result_names(inputs, keep_ids), strict=True):
+    for path, name in zip(inputs, names, strict=True):
         result = reconstructor.file(path, out, name, frames=chosen, dicom=dicom, keep_ids=keep_ids)
         _say(str(result))
 

@@ -16,6 +16,7 @@ from petite_fast.errors import InputError
 
 __all__ = [
     "Volume",
+    "is_dicom",
     "read_volume",
     "require_static",
     "same_grid",
@@ -33,8 +34,8 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
       slope * stored + intercept, in float64, rounded once to float32. Trailing axes of length
       1 are dropped; a fourth axis is time. Units, times and tracer come from BIDS sidecars: of
       an image with a BIDS-PET name those that it inherits, and its subject's weight from
-      participants.tsv; of another the .json of the same name. A gzip file is read to its end, which verifies its
-      checksum.
+      participants.tsv; of another the .json of the same name. A gzip file is read to its end,
+      which verifies its checksum.
     - ECAT7 (.v), with frame scale and calibration factor.
     - DICOM PET: the folder of one series, or one multi-frame file. Each slice has its own
       rescale; slices are sorted by geometry. Needs pydicom (extra ``app``).
@@ -48,7 +49,7 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
             ``frames``: voxels that are truncated, damaged, NaN or Inf.
     """
     source = Path(path)
-    if source.is_dir() or (source.is_file() and _is_dicom(source)):
+    if source.is_dir() or (source.is_file() and is_dicom(source)):
         return _dicom_reader()(source)
     if not source.is_file():
         raise InputError(
@@ -59,7 +60,8 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
     return read_nifti(source)
 
 
-def _is_dicom(source: Path) -> bool:
+def is_dicom(source: Path) -> bool:
+    """Whether a file is DICOM, by its name or its preamble."""
     if source.name.lower().endswith(_DICOM_NAMES):
         return True
     if source.suffix.lower() in (".nii", ".gz", ".v"):

@@ -15,7 +15,7 @@ from torch import nn
 from petite_fast.data.derivatives import LABEL, derivative_path, write_provenance
 from petite_fast.data.frames import to_static
 from petite_fast.data.normalise import Normaliser
-from petite_fast.data.volume import read_volume, require_static, write_like
+from petite_fast.data.volume import is_dicom, read_volume, require_static, write_like
 from petite_fast.errors import InputError
 
 SUFFIX = f"_desc-{LABEL}"
@@ -139,32 +139,40 @@ def output_path(path: Path, out: Path, name: str | None = None) -> Path:
 def find_inputs(path: Path) -> list[Path]:
     """The scans that `path` stands for; own outputs are left out.
 
-    A file is itself. A folder is the NIfTI and ECAT files in it; without any, one DICOM series, or,
-    where it holds only folders, one series in each.
+    A file is itself. A folder is the NIfTI and ECAT files in it; without any, the DICOM series in
+    it; without that, what its folders stand for (patients of studies of series).
 
     Raises:
-        InputError: nothing there, or two files whose results would have one name.
+        InputError: nothing there.
     """
-    if not path.is_dir():
-        if not path.exists():
-            raise InputError(f"{path}: no such file or folder")
-        return [path]
-    entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
-    found = [p for p in entries if p.is_file() and p.name.lower().endswith(_ENDINGS)
-             and not _stem(p).endswith(SUFFIX)]  # fmt: skip
-    if found:
-        check_distinct(found)
-        return found
-    if any(p.is_file() and not p.name.lower().endswith(_ENDINGS) for p in entries):
-        return [path]
-    folders = [p for p in entries if p.is_dir() and SUFFIX not in p.name]
-    if not folders:
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    found = _in_folder(path) if path.is_dir() else [path]
+    if not found:
         raise InputError(f"{path}: no NIfTI (.nii, .nii.gz), ECAT (.v) or DICOM file in it")
-    return folders
+    return found
+
+
+def _in_folder(path: Path) -> list[Path]:
+    entries = sorted(
+        p for p in path.iterdir() if not p.name.startswith(".") and SUFFIX not in p.name
+    )
+    files = [p for p in entries if p.is_file() and p.name != "DICOMDIR"]
+    if found := [p for p in files if p.name.lower().endswith(_ENDINGS)]:
+        return found
+    folders = [p for p in entries if p.is_dir()]
+    if any(map(is_dicom, files)) or (files and not folders):
+        return [path]
+    return [scan for folder in folders for scan in _in_folder(folder)]
 
 
 def result_names(inputs: Sequence[Path], keep_ids: bool) -> list[str | None]:
-    """Names of results: a DICOM folder is often called after its patient, so those are numbered."""
+    """Names of results: a DICOM folder is often called after its patient, so those are numbered.
+
+    Raises:
+        InputError: two results would have one name.
+    """
+    check_distinct([p for p in inputs if keep_ids or not p.is_dir()])
     if keep_ids:
         return [None] * len(inputs)
     return [f"series-{k:03d}" if p.is_dir() else None for k, p in enumerate(inputs, start=1)]

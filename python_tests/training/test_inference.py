@@ -8,12 +8,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from dicom_cases import make_series
 from torch import nn
 
 from petite_fast.data import Normaliser, write_volume
 from petite_fast.errors import InputError
 from petite_fast.training.evaluate import Comparison, evaluate
-from petite_fast.training.inference import Reconstructor, check_distinct, find_inputs, output_path
+from petite_fast.training.inference import (
+    Reconstructor,
+    check_distinct,
+    find_inputs,
+    output_path,
+    result_names,
+)
 
 RNG = np.random.default_rng(3)
 
@@ -61,6 +68,23 @@ def test_find_inputs_leaves_own_outputs_out(tmp_path) -> None:
     assert output_path(tmp_path / "b.nii.gz", tmp_path).name == "b_desc-petite.nii.gz"
     with pytest.raises(InputError, match="one output name"):
         check_distinct([tmp_path / "a.nii", tmp_path / "sub" / "a.nii.gz"])
+
+
+def test_find_inputs_in_folders_of_patients(tmp_path) -> None:
+    """An export of a hospital: DICOMDIR, patients, studies, series; names where IDs are kept."""
+    export = tmp_path / "export"
+    series = [make_series(export / "DICOM" / name / "study" / "pet") for name in ("DOE", "ROE")]
+    (export / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    (export / "DICOM" / "readme.txt").write_text("exported")
+    (export / "DICOM" / "ROE_desc-petite_dicom").mkdir()
+    found = find_inputs(export)
+    assert found == series
+    assert result_names(found, keep_ids=False) == ["series-001", "series-002"]
+    with pytest.raises(InputError, match="one output name"):
+        result_names(found, keep_ids=True)
+    assert find_inputs(series[0]) == series[:1]
+    with pytest.raises(InputError, match="no NIfTI"):
+        find_inputs(export / "DICOM" / "ROE_desc-petite_dicom")
 
 
 def test_evaluate_means_and_json(tmp_path) -> None:
