@@ -92,7 +92,9 @@ class Volume:
             InputError: as `array`.
             ValueError: `indices` are not ascending, or not frames of this volume.
         """
-        wanted = list(range(self.frame_count) if indices is None else indices)
+        if indices is None:
+            return self.reader.frames(range(self.frame_count))
+        wanted = list(indices)
         if wanted != sorted(set(wanted)) or (
             wanted and not 0 <= wanted[0] <= wanted[-1] < self.frame_count
         ):

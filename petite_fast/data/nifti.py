@@ -29,6 +29,7 @@ _silent = logging.Logger("header repairs", logging.CRITICAL + 1)
 CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])  # R, A, S
 _HEADER_BYTES = 540  # NIfTI-2; NIfTI-1 has 348 and at least 4 more before the voxels
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # metre, micron; anything else is millimetre
+_MOST_DEFLATED = 1032  # bytes that one byte of a gzip file can stand for
 _CHUNK = 1 << 20  # a damaged header may ask for any number of bytes: they are read in parts
 
 # What leaves with a written volume: geometry and units. Everything else of a header is left
@@ -69,8 +70,11 @@ def read_nifti(source: Path, sidecar: bool = True) -> Volume:
     count = math.prod(stored[3:])
     orientation, affine, spatial = canonical_grid(_affine_mm(header, source), stored[:3], source)
     reader = _Frames(source, header, head, orientation)
-    if not source.name.lower().endswith(".gz"):
-        reader.require(source.stat().st_size)
+    size = source.stat().st_size
+    if source.name.lower().endswith(".gz"):
+        reader.require(size * _MOST_DEFLATED, "at most ")
+    else:
+        reader.require(size)
     facts = read_sidecar(source, count) if sidecar else Facts()
     return Volume(
         spatial if count == 1 else (count, *spatial),
@@ -112,14 +116,14 @@ class _Frames:
             while isinstance(stream, gzip.GzipFile) and stream.read(_CHUNK):
                 pass
 
-    def require(self, available: int) -> None:
-        """Refuse a file of `available` bytes if that is too few for all voxels."""
+    def require(self, available: int, most: str = "") -> None:
+        """Refuse a file of `available` (or "at most " so many) bytes: too few for all voxels."""
         shape = tuple(map(int, self.header.get_data_shape()))
         itemsize = self.header.get_data_dtype().itemsize
         wanted = int(self.header.get_data_offset()) + math.prod(shape) * itemsize
         if available < wanted:
             raise InputError(
-                f"{self.source}: the file is truncated, {available} bytes;"
+                f"{self.source}: the file is truncated, {most}{available} bytes;"
                 f" expected {wanted} for shape {shape}"
             )
 

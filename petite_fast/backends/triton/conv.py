@@ -142,10 +142,13 @@ def conv_kernel(
     program = program // column_blocks
     parities: tl.constexpr = STRIDE[0] * STRIDE[1] * STRIDE[2] if ADJOINT else 1
     row = program // parities * ROWS + tl.arange(0, ROWS)
-    n, (out_d, out_h, out_w), (in_d, in_h, in_w), (first_d, first_h, first_w), count = locate(
+    n, out, first_read, first, count = locate(
         row, program % parities, RD, RH, RW, KERNEL, STRIDE, PADDING, DILATION, STEP, INVERSE,
         ADJOINT,
     )  # fmt: skip
+    out_d, out_h, out_w = out  # in a step of its own: Triton 3.6 knows no nested targets
+    in_d, in_h, in_w = first_read
+    first_d, first_h, first_w = first
     count_d, count_h, count_w = count
     # Input voxels from one tap to the next; what stride and dilation share divides both.
     move_d: tl.constexpr = -(DILATION[0] * STEP[0] // STRIDE[0]) if ADJOINT else DILATION[0]
@@ -185,9 +188,9 @@ def conv_kernel(
 
     if bias is not None:
         total += tl.load(bias + column, mask=column < OUTPUTS, other=0.0).to(tl.float32)[None, :]
-    out = (((n * OD + out_d) * OH + out_h) * OW + out_w) * OUTPUTS
+    target = (((n * OD + out_d) * OH + out_h) * OW + out_w) * OUTPUTS
     tl.store(
-        y + out[:, None] + column[None, :],
+        y + target[:, None] + column[None, :],
         total.to(y.dtype.element_ty),
         mask=inside[:, None] & (column < OUTPUTS)[None, :],
     )

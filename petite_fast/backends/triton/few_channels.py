@@ -78,10 +78,13 @@ def few_channels_kernel(
     parities: tl.constexpr = STRIDE[0] * STRIDE[1] * STRIDE[2] if ADJOINT else 1
     rows_axis: tl.constexpr = 0 if SINGLE else 1  # the axis to add to a row of voxels
     row = program // parities * ROWS + tl.arange(0, ROWS)
-    n, out, (in_d, in_h, in_w), (first_d, first_h, first_w), (count_d, count_h, count_w) = locate(
+    n, out, first_read, first, count = locate(
         tl.expand_dims(row, rows_axis), program % parities, RD, RH, RW, KERNEL, STRIDE, PADDING,
         DILATION, STEP, INVERSE, ADJOINT,
     )  # fmt: skip
+    in_d, in_h, in_w = first_read  # in a step of its own: Triton 3.6 knows no nested targets
+    first_d, first_h, first_w = first
+    count_d, count_h, count_w = count
     # Input voxels from one tap to the next; what stride and dilation share divides both.
     move_d: tl.constexpr = -(DILATION[0] * STEP[0] // STRIDE[0]) if ADJOINT else DILATION[0]
     move_h: tl.constexpr = -(DILATION[1] * STEP[1] // STRIDE[1]) if ADJOINT else DILATION[1]
