@@ -84,7 +84,7 @@ def conv(
             y = torch.bmm(matrix, x.flatten(2))
         else:
             y = torch.baddbmm(bias.unsqueeze(1), matrix, x.flatten(2))
-        return y.view(len(x), -1, *x.shape[2:])
+        return y.view(len(x), -1, *x.shape[2:]).contiguous(memory_format=layout)
     if not transposed and torch_takes_vol2col(x, weight, groups):
         y = torch.ops.aten.mkldnn_convolution(
             x.contiguous(memory_format=inner), weight.contiguous(memory_format=inner), bias,
@@ -264,10 +264,25 @@ def _is_product(
 
 def conv_layout(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
     """Memory format of the output: channels_last_3d if x or the weight has it, as in PyTorch."""
-    for t in (x, weight):
-        if t.is_contiguous(memory_format=torch.channels_last_3d) and not t.is_contiguous():
-            return torch.channels_last_3d
+    if is_channels_last(x) or is_channels_last(weight):
+        return torch.channels_last_3d
     return torch.contiguous_format
+
+
+def is_channels_last(t: torch.Tensor) -> bool:
+    """Whether the strides of t [N, C, D, H, W] are like channels_last_3d's, by PyTorch's rule.
+
+    They decide for one channel, where both formats have the same elements in the same places, and
+    for parts of the channels. Source: is_channels_last_strides_3d of c10.
+    """
+    if t.stride(1) == 0 or t.numel() == 0:
+        return False
+    least = 0
+    for axis in (1, 4, 3, 2, 0):
+        if t.stride(axis) < least or (axis == 0 and least == t.stride(1)):
+            return False
+        least = t.stride(axis) * t.shape[axis]
+    return True
 
 
 def onednn_ready(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from petite_fast.backends.eager import scale_outputs
+from petite_fast.backends.eager import conv_layout, is_channels_last, scale_outputs
 from petite_fast.ops import library, remade
 from petite_fast.ops.library import below_autocast, first_order
 
+_LAST = torch.channels_last_3d
 # dgamma is read off the output as sum dy (y - beta) / gamma only where that division is harmless.
 SMALLEST_GAMMA = 1e-2
 LARGEST_SHIFT = 10.0  # of |beta / gamma|
@@ -249,6 +250,7 @@ class _Adapted(torch.autograd.Function):
             kept, ctx.record = remade.keep(x if keep == "x" else y)
         ctx.settings = settings
         ctx.x_size = x.shape
+        ctx.channels_last = weight.dim() == 5 and conv_layout(x, weight) == _LAST
         # bias and beta are read only for grad_gamma; everything kept here is a parameter or `kept`.
         ctx.save_for_backward(*kept, weight, bias, lora_A, lora_B, gamma, beta)
         return y
@@ -270,6 +272,9 @@ def _run(
     settings: Settings,
 ) -> torch.Tensor:
     w = _build_weight(settings, weight, lora_A, lora_B, gamma)
+    if weight.dim() == 5 and conv_layout(x, w) != conv_layout(x, weight):
+        # W_eff is contiguous; from here on volumes have the frozen weight's memory format.
+        w = torch.empty_like(w, memory_format=_LAST).copy_(w)
     if bias is not None and gamma is not None:
         bias = gamma * bias
     if beta is not None:
@@ -296,6 +301,8 @@ def _gradients(grad_y: torch.Tensor, ctx: Any) -> tuple[torch.Tensor | None, ...
     settings: Settings = ctx.settings
     map_, scale, dtype, plan = settings
     *saved, weight, bias, lora_A, lora_B, gamma, beta = ctx.saved_tensors
+    if ctx.channels_last and not is_channels_last(grad_y):
+        grad_y = torch.empty_like(grad_y, memory_format=_LAST).copy_(grad_y)
     need_x, need_w, need_b, need_a, need_B, need_gamma, need_beta = ctx.needs_input_grad[:7]
     grad_x = grad_w = grad_b = grad_a = grad_B = grad_gamma = grad_beta = None
 
