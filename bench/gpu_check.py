@@ -86,10 +86,11 @@ def plan(root: Path, out: Path) -> list[Part]:
              ("setuptools", "pybind11"), ("nvcc", "cmake", "ninja")),
         # Compiling Triton's kernels is most of it, so on several cores.
         Part("tests", [*pytest, "-n", "4", *tests], 240, ("pytest_timeout", "xdist", "triton")),
+        Part("bench-kernels", [*bench, "kernels"], 150, ("matplotlib",)),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
         Part("tune", info, 150, ("triton", *network)),
-        Part("bench-ops", [*bench, "ops"], 120, ("matplotlib", "peft")),
+        Part("bench-ops", [*bench, "ops"], 150, ("matplotlib", "peft")),
         Part("bench-memory", [*bench, "memory"], 240, ("matplotlib", "peft", "monai", "einops")),
     ]  # fmt: skip
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import date
 from importlib import metadata
@@ -19,6 +21,11 @@ import torch
 from petite_fast.ops import saved_bytes
 
 Step = Callable[[], Any]
+FILLS = 16  # writes of 512 MiB before a step on a GPU: 2 ms at 4 TB/s
+
+
+class DeviceLost(RuntimeError):
+    """An error after which the GPU does nothing more for this process."""
 
 
 class Provider(NamedTuple):
@@ -50,9 +57,26 @@ def forced(backend: str | None) -> Iterator[None]:
             os.environ["PETITE_FAST_BACKEND"] = before
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Until the device has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def failure(provider: Provider, error: Exception, device: str) -> str:
+    """An error in a line, for `why_not`; all of it goes to stderr.
+
+    Raises:
+        DeviceLost: the device does not answer any more.
+    """
+    traceback.print_exception(error)
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    text = ": ".join([type(error).__name__, *lines[:1]])
+    try:
+        wait(device)
+    except RuntimeError as lost:
+        raise DeviceLost(f"{provider.name}: {text}") from lost
+    return text
 
 
 def _step(provider: Provider) -> None:
@@ -61,32 +85,82 @@ def _step(provider: Provider) -> None:
         provider.backward(provider.forward())
 
 
+def _seconds(step: Step, device: str) -> float:
+    """Of a step: by the clock on a CPU, by the device's own events on a GPU.
+
+    There the step is put into the queue behind other work, which also takes the step's tensors out
+    of the L2 cache: what calls cost on the CPU counts only where the GPU has to wait for them.
+    """
+    if device == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        wait(device)
+        for _ in range(FILLS):
+            _filler().zero_()
+        first.record()
+        step()
+        last.record()
+        wait(device)
+        return 1e-3 * float(first.elapsed_time(last))
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+@functools.cache
+def _filler() -> torch.Tensor:
+    """512 MiB of GPU memory, more than an L2 cache."""
+    return torch.empty(2**29, dtype=torch.uint8, device="cuda")
+
+
 def compare(
-    providers: list[Provider], device: str, repeats: int, warmup: int = 2
+    providers: list[Provider], device: str, repeats: int, warmup: int = 2, goes_on: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Run all providers in turn, `repeats` times (at least two); their times, bytes and flops.
 
     The order rotates from round to round, so that no provider always follows the same one. Before
     that, bytes are counted in steps of their own, and `warmup` steps are run.
+
+    With `goes_on`, the error of a provider becomes its `why_not`, and the others are measured.
+
+    Raises:
+        DeviceLost: with `goes_on`, an error that the GPU does not survive.
     """
-    able = [p for p in providers if not p.why_not]
-    times: dict[str, list[float]] = {p.name: [] for p in able}
-    sizes = {p.name: {"saved_bytes": kept(p), "peak_bytes": peak(p, device)} for p in able}
-    for provider in able:
+    why_not = {p.name: p.why_not for p in providers if p.why_not}
+    times: dict[str, list[float]] = {p.name: [] for p in providers}
+    sizes: dict[str, dict[str, int]] = {}
+
+    def run(provider: Provider, action: Step) -> Any:
+        """What `action` gives, if the provider can still do it."""
+        if provider.name in why_not:
+            return None
+        if not goes_on:
+            return action()
+        try:
+            result = action()
+            wait(device)  # a kernel's error is seen here at the latest
+            return result
+        except Exception as error:
+            why_not[provider.name] = failure(provider, error, device)
+            return None
+
+    def count(provider: Provider) -> None:
+        sizes[provider.name] = {"saved_bytes": kept(provider), "peak_bytes": peak(provider, device)}
+
+    for provider in providers:
+        run(provider, functools.partial(count, provider))
+    for provider in providers:
         for _ in range(warmup):
-            _step(provider)
+            run(provider, functools.partial(_step, provider))
     for turn in range(repeats):
+        able = [p for p in providers if p.name not in why_not]
         for k in range(len(able)):
             provider = able[(turn + k) % len(able)]
-            _wait(device)
-            start = time.perf_counter()
-            _step(provider)
-            _wait(device)
-            times[provider.name].append(time.perf_counter() - start)
+            step = functools.partial(_step, provider)
+            times[provider.name].append(run(provider, lambda s=step: _seconds(s, device)))
     result: dict[str, dict[str, Any]] = {}
     for provider in providers:
-        if provider.why_not:
-            result[provider.name] = {"why_not": provider.why_not}
+        if provider.name in why_not:
+            result[provider.name] = {"why_not": why_not[provider.name]}
             continue
         low, _, high = quantiles(times[provider.name], n=4, method="inclusive")
         middle = median(times[provider.name])
@@ -131,29 +205,22 @@ def peak(provider: Provider, device: str) -> int:
     return highest
 
 
-def ceilings(device: str) -> dict[str, float]:
-    """Measured float32 product and copy rates of this machine: GFLOP/s and GB/s.
+def ceilings(device: str, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """Measured product (of this dtype) and copy rates of this machine: GFLOP/s and GB/s.
 
     The product is the better of a matrix product and a convolution of 128 channels: on a CPU they
     are two libraries'.
     """
-    n = 4096 if device == "cuda" else 1536
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    n = 8192 if device == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(2**27 if device == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
 
     def best(step: Step) -> float:
-        times = []
-        for _ in range(7):
-            _wait(device)
-            start = time.perf_counter()
-            step()
-            _wait(device)
-            times.append(time.perf_counter() - start)
-        return min(times)
+        return min(_seconds(step, device) for _ in range(7))
 
-    x, w = torch.randn(2, 128, 16, 16, 16, device=device), torch.randn(128, 128, 3, 3, 3)
-    w = w.to(device)
+    x = torch.randn(2, 128, 16, 16, 16, device=device, dtype=dtype)
+    w = torch.randn(128, 128, 3, 3, 3, device=device, dtype=dtype)
     products = [
         2 * n**3 / best(lambda: torch.mm(a, b)),
         2 * 27 * 128 * x.numel() / best(lambda: torch.conv3d(x, w, padding=1)),
@@ -179,6 +246,7 @@ def machine(device: str) -> dict[str, Any]:
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # of what is measured there
     return {
         "date": date.today().isoformat(),
         "commit": commit.stdout.strip() or "unknown",
@@ -187,5 +255,5 @@ def machine(device: str) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "python": platform.python_version(),
         "versions": versions,
-        "ceilings": ceilings(device),
+        "ceilings": ceilings(device, dtype),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+TORCH = ("torch", "torch-ndhwc")  # a kernel's providers that are not ours
 HEADER = (
     "case", "provider", "ms", "spread", "x floor", "x PEFT", "kept units", "kept MiB", "peak MiB",
     "GF/s",
@@ -25,10 +27,13 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     lines = []
     for record in result["cases"]:
         figures = record["providers"]
-        floor, peft = figures["floor"]["ms"], figures["peft"].get("ms")
+        floor, peft = _least(figures, "ms", "floor"), _least(figures, "ms", "peft", "peft-ndhwc")
+        digits = _digits(result)
         for name, value in figures.items():
             if "why_not" in value:
-                lines.append((record["case"], name, f"cannot: {value['why_not'][:50]}", *[""] * 7))
+                reason, kind = value["why_not"], _why_not(value)
+                text = reason if reason.startswith(kind) else f"{kind}: {reason}"
+                lines.append((record["case"], name, text[:58], *[""] * 7))
                 continue
             low, high = value["ms_quartiles"]
             rate = value["gflops_per_s"]
@@ -36,9 +41,9 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
                 (
                     record["case"],
                     name,
-                    f"{value['ms']:.1f}",
-                    f"{low:.1f}-{high:.1f}",
-                    f"{value['ms'] / floor:.2f}",
+                    f"{value['ms']:.{digits}f}",
+                    f"{low:.{digits}f}-{high:.{digits}f}",
+                    f"{value['ms'] / floor:.2f}" if floor else "",
                     f"{value['ms'] / peft:.2f}" if peft else "",
                     f"{value['saved_bytes'] / record['unit_bytes']:.2f}",
                     f"{value['saved_bytes'] / 2**20:.1f}",
@@ -65,8 +70,8 @@ def table(result: dict[str, Any]) -> str:
     about = result["machine"]
     ceilings = about["ceilings"]
     text.append(
-        f"{about['gpu'] or about['cpu']}, {about['threads']} threads, torch"
-        f" {about['versions']['torch']}; products {ceilings['product_gflops_per_s']:.0f} GFLOP/s,"
+        f"{_machine(about)}, torch {about['versions']['torch']};"
+        f" products {ceilings['product_gflops_per_s']:.0f} GFLOP/s,"
         f" copy {ceilings['copy_gb_per_s']:.0f} GB/s; median and quartiles, interleaved"
     )
     return "\n".join(text)
@@ -76,10 +81,27 @@ def markdown(result: dict[str, Any]) -> str:
     """README's table of a suite."""
     lines, kept = _LINES[result["suite"]]
     about = result["machine"]
-    where = f"{about['gpu'] or about['cpu']}, {about['threads']} threads"
     versions = f"torch {about['versions']['torch']}, {about['date']}"
-    note = f"{where}, {versions}; median of interleaved runs; {kept}"
+    note = f"{_machine(about)}, {versions}; median of interleaved runs; {kept}"
     return "\n".join([*lines(result), "", f"{note}."])
+
+
+def _machine(about: dict[str, Any]) -> str:
+    """The device, and what the figures on a GPU are of."""
+    if about["gpu"]:
+        return f"{about['gpu']}, bfloat16"
+    return f"{about['cpu']}, {about['threads']} threads"
+
+
+def _digits(result: dict[str, Any]) -> int:
+    """Of milliseconds, behind the point."""
+    return 3 if result["machine"]["gpu"] else 1
+
+
+def _least(figures: dict[str, dict[str, Any]], quantity: str, *names: str) -> float | None:
+    """The least of some providers' figures, of those that have one."""
+    found = [figures[n][quantity] for n in names if quantity in figures.get(n, {})]
+    return min(found, default=None)
 
 
 def _names(result: dict[str, Any]) -> list[str]:
@@ -89,7 +111,7 @@ def _names(result: dict[str, Any]) -> list[str]:
 
 def _time_lines(result: dict[str, Any]) -> list[str]:
     """One row per case: times and kept units by provider."""
-    names = _names(result)
+    names, digits = _names(result), _digits(result)
     lines = ["| case | " + " | ".join(f"{n} ms (kept)" for n in names) + " |"]
     lines.append("|---" * (len(names) + 1) + "|")
     for record in result["cases"]:
@@ -97,7 +119,7 @@ def _time_lines(result: dict[str, Any]) -> list[str]:
         cells = [
             _cell(
                 record["providers"].get(name),
-                lambda v, u=unit: f"{v['ms']:.1f} ({v['saved_bytes'] / u:.2f})",
+                lambda v, u=unit: f"{v['ms']:.{digits}f} ({v['saved_bytes'] / u:.2f})",
             )
             for name in names
         ]
@@ -120,6 +142,8 @@ def _memory_lines(result: dict[str, Any]) -> list[str]:
 
 def _kernel_lines(result: dict[str, Any]) -> list[str]:
     """One row per kernel: milliseconds; the floor is its flops or bytes at the machine's rates."""
+    if result["machine"]["gpu"]:
+        return _gpu_kernel_lines(result)
     names = ("torch", "ours-eager", "ours", "product")
     lines = [
         "| kernel | torch | eager | ours | product alone | floor | torch / ours | ours / floor |"
@@ -127,18 +151,41 @@ def _kernel_lines(result: dict[str, Any]) -> list[str]:
     lines.append("|---" * 8 + "|")
     rates = result["machine"]["ceilings"]
     for record in result["cases"]:
-        compute = record["flops"] / rates["product_gflops_per_s"] / 1e6
-        floor = max(compute, record["bytes"] / rates["copy_gb_per_s"] / 1e6)
+        floor = _floor(record, rates)
         figures = {name: value["ms"] for name, value in record["providers"].items()}
         ours = figures["ours"]
         cells = [f"{figures[n]:.2f}" if n in figures else "" for n in names]
         cells += [f"{floor:.2f}", f"{figures['torch'] / ours:.1f}", f"{ours / floor:.1f}"]
         lines.append(f"| {record['case']} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Floor: {product_gflops_per_s:.0f} GFLOP/s, {copy_gb_per_s:.0f} GB/s.".format(**rates),
-    ]
-    return lines
+    return [*lines, "", _rates(rates)]
+
+
+def _gpu_kernel_lines(result: dict[str, Any]) -> list[str]:
+    """The same on a GPU: the faster of torch's layouts, and each of ours, which may be missing."""
+    mine = [name for name in _names(result) if name.startswith("ours")]
+    heads = ["kernel", "best torch", *mine, "floor", "best torch / best of ours",
+             "best of ours / floor"]  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rates = result["machine"]["ceilings"]
+    for record in result["cases"]:
+        figures, floor = record["providers"], _floor(record, rates)
+        theirs, ours = _least(figures, "ms", *TORCH), _least(figures, "ms", *mine)
+        cells = [f"{theirs:.3f}" if theirs else "cannot"]
+        cells += [_cell(figures.get(name), lambda v: f"{v['ms']:.3f}") for name in mine]
+        cells += [f"{floor:.3f}", f"{theirs / ours:.2f}" if theirs and ours else ""]
+        cells.append(f"{ours / floor:.1f}" if ours else "")
+        lines.append(f"| {record['case']} | " + " | ".join(cells) + " |")
+    return [*lines, "", _rates(rates)]
+
+
+def _floor(record: dict[str, Any], rates: dict[str, float]) -> float:
+    """Milliseconds of a kernel's flops or of its bytes, whichever take longer."""
+    compute = record["flops"] / rates["product_gflops_per_s"] / 1e6
+    return max(compute, record["bytes"] / rates["copy_gb_per_s"] / 1e6)
+
+
+def _rates(rates: dict[str, float]) -> str:
+    return "Floor: {product_gflops_per_s:.0f} GFLOP/s, {copy_gb_per_s:.0f} GB/s.".format(**rates)
 
 
 def _memory_text(value: dict[str, Any]) -> str:
@@ -150,7 +197,13 @@ def _cell(value: dict[str, Any] | None, text: Callable[[dict[str, Any]], str]) -
     """`text` of a provider's figures, if it has a part in the case and can do it."""
     if value is None:
         return ""
-    return "cannot" if "why_not" in value else text(value)
+    return _why_not(value) if "why_not" in value else text(value)
+
+
+def _why_not(value: dict[str, Any]) -> str:
+    """The kind of a reason."""
+    kind = value["why_not"].split(":")[0]
+    return kind if kind in ("no kernel", "wrong") else "cannot"
 
 
 _LINES = {
@@ -170,16 +223,19 @@ def figure(result: dict[str, Any], path: Path) -> None:
     cases = result["cases"]
     names = [name for name in _names(result) if name != "floor"]
     memory = result["suite"] == "memory"
-    bases = {"memory": ("saved_bytes", "full"), "ops": ("ms", "floor"), "kernels": ("ms", "torch")}
-    quantity, base = bases[result["suite"]]
+    bases = {
+        "memory": ("saved_bytes", "full"), "ops": ("ms", "floor"), "kernels": ("ms", *TORCH),
+    }  # fmt: skip
+    quantity, base, *_ = bases[result["suite"]]
+    units = [_least(r["providers"], *bases[result["suite"]]) or math.inf for r in cases]
     size = (min(0.3 * len(cases) * len(names) + 4, 18), 4.5)
     colours = pyplot.get_cmap("tab20").colors
     drawing, axes = pyplot.subplots(figsize=size, layout="constrained")
     width = 0.8 / len(names)
     for k, name in enumerate(names):
         heights = [
-            r["providers"].get(name, {}).get(quantity, 0.0) / r["providers"][base][quantity]
-            for r in cases
+            r["providers"].get(name, {}).get(quantity, 0.0) / unit
+            for r, unit in zip(cases, units, strict=True)
         ]
         axes.bar(
             [i + k * width for i in range(len(cases))], heights, width, label=name, color=colours[k]
@@ -225,6 +281,8 @@ def main() -> int:
         text = readme.read_text(encoding="utf-8")
         for path in sorted(results.glob("*.json")):
             result = json.loads(path.read_text())
+            if path.stem != "demo" and "suite" not in result:
+                continue  # what gpu_check.py writes beside them
             body = demo_markdown(result) if path.stem == "demo" else markdown(result)
             pattern = rf"(<!-- bench:{path.stem} -->\n).*?(<!-- /bench:{path.stem} -->)"
             text = re.sub(pattern, lambda m, b=body: m[1] + b + "\n" + m[2], text, flags=re.DOTALL)

@@ -23,15 +23,21 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import torch  # noqa: E402
-from cases import kernels, memory, ops  # noqa: E402
-from measure import machine  # noqa: E402
+from cases import gpu_kernels, kernels, memory, ops  # noqa: E402
+from measure import DeviceLost, machine  # noqa: E402
 from report import figure, table  # noqa: E402
 
-SUITES = {"kernels": kernels.run, "ops": ops.run, "memory": memory.run}
+from petite_fast.files import atomic_write  # noqa: E402
+
+SUITES = {
+    "kernels": {"cpu": kernels.run, "cuda": gpu_kernels.run},
+    "ops": {"cpu": ops.run, "cuda": ops.gpu_run},
+    "memory": {"cpu": memory.run, "cuda": memory.gpu_run},
+}
 
 
 def main() -> int:
-    """Run the chosen suites."""
+    """0: measured; 1: the GPU was lost, and what was measured before is written; 2: no GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -51,21 +57,42 @@ def main() -> int:
     about = machine(arguments.device)
     names = list(SUITES) if arguments.suite == "all" else [arguments.suite]
     for name in names:
-        records = SUITES[name](arguments.device, arguments.quick)
-        result: dict[str, Any] = {
+        result = {
             "suite": name,
             "device": arguments.device,
             "quick": arguments.quick,
             "machine": about,
-            "cases": records,
+            "cases": [],
         }
-        print(table(result))
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        stem = arguments.out / f"{name}-{kind}"
-        stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        figure(result, stem.with_suffix(".png"))
-        print(f"written: {stem}.json, {stem}.png\n")
+        if not measure(result, arguments.out / f"{name}-{kind}"):
+            return 1
     return 0
+
+
+def measure(result: dict[str, Any], stem: Path) -> bool:
+    """Run the suite of `result`, print and write it; False if the GPU was lost on the way."""
+    json_path, picture = stem.with_suffix(".json"), stem.with_suffix(".png")
+    try:
+        for record in SUITES[result["suite"]][result["device"]](result["quick"]):
+            result["cases"].append(record)
+            if result["device"] == "cuda":  # a kernel may hang: what there is stays
+                write(json_path, result)
+    except DeviceLost as lost:
+        result["ended"] = str(lost)
+    write(json_path, result)
+    print(table(result))
+    if "ended" in result:
+        print(f"written: {json_path}; the GPU was lost: {result['ended']}", file=sys.stderr)
+        return False
+    figure(result, picture)
+    print(f"written: {json_path}, {picture}\n")
+    return True
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """The JSON of a result."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -22,13 +23,18 @@ def provider(
     x: torch.Tensor,
     flops: float = 0.0,
     backend: str | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Provider:
-    """A step of `module`: forward, then the gradients of x (if it wants one) and what trains."""
+    """A step of `module`: forward, then the gradients of x (if it wants one) and what trains.
+
+    With `autocast` the forward is under torch.autocast to that dtype.
+    """
     inputs = [x, *trainable(module)] if x.requires_grad else trainable(module)
     grad: dict[torch.Size, torch.Tensor] = {}
 
     def forward() -> torch.Tensor:
-        return module(x)
+        with torch.autocast(x.device.type, autocast) if autocast else contextlib.nullcontext():
+            return module(x)
 
     def backward(y: torch.Tensor) -> None:
         if y.shape not in grad:
@@ -60,13 +66,9 @@ def hf_peft(
         return str(error).split(". ")[0].splitlines()[0]
 
 
-def our_backends(device: str) -> list[str]:
-    """Backends of ours that this machine has."""
-    if device == "cuda":
-        usable = native.cuda_available(torch.cuda.current_device())[0]
-    else:
-        usable = native.available()[0]
-    return ["eager", "native"] if usable else ["eager"]
+def our_backends() -> list[str]:
+    """Backends of ours that this machine has for the CPU."""
+    return ["eager", "native"] if native.available()[0] else ["eager"]
 
 
 def randomise_b(module: nn.Module) -> Any:

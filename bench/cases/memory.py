@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import gpu
 import torch
 from cases.layers import frozen, hf_peft, our_backends, provider, randomise_b
 from cases.others import checkpointed, memsave, plain
@@ -27,6 +28,7 @@ class Case(NamedTuple):
         stages: pattern for the names of the modules that torch.utils.checkpoint goes around.
         r: rank of LoRA, which goes on every convolution with a kernel of 3; None is PETITE.
         dropout: of LoRA.
+        small: a piece of a network, which is measured more often; its input wants a gradient.
     """
 
     label: str
@@ -35,6 +37,25 @@ class Case(NamedTuple):
     stages: str
     r: int | None = 8
     dropout: float = 0.0
+    small: bool = False
+
+
+class Setting(NamedTuple):
+    """Where and how the networks run.
+
+    Attributes:
+        device: of the network and its input.
+        autocast: dtype that the forward is under torch.autocast with; None is float32 without.
+        layout: of volumes and weights.
+        backend: of ours; None is what dispatch chooses.
+        more: backends that are forced for the first of ours once more.
+    """
+
+    device: str = "cpu"
+    autocast: torch.dtype | None = None
+    layout: torch.memory_format = torch.contiguous_format
+    backend: str | None = None
+    more: tuple[str, ...] = ()
 
 
 class Blocks(nn.Sequential):
@@ -60,6 +81,7 @@ def _blocks(norm: type[nn.Module], dropout: float = 0.0) -> Case:
         r"block\d",
         r=4,
         dropout=dropout,
+        small=True,
     )
 
 
@@ -82,6 +104,20 @@ def _dynunet() -> nn.Module:
     return DynUNet(3, 1, 1, [3] * 4, strides, strides[1:], filters=[16, 32, 64, 128])
 
 
+UNETR_STAGES = r"vit\.blocks\.\d+|(encoder|decoder)\d"
+DYNUNET = Case(
+    "DynUNet, 64^3 b1, r 8",
+    _dynunet,
+    (1, 1, 64, 64, 64),
+    r"input_block|bottleneck|downsamples\.\d|upsamples\.\d",
+)
+CVTGAN = Case(
+    "CVT-GAN, PETITE, 64^3 b1",
+    CVTGANGenerator,
+    (1, 1, 64, 64, 64),
+    r"(en|de)coder_layer\d(_down|_up)?",
+    r=None,
+)
 CASES = [
     _blocks(nn.InstanceNorm3d),
     _blocks(nn.InstanceNorm3d, 0.1),
@@ -91,7 +127,7 @@ CASES = [
         "UNETR, 64^3 b1, r 8",
         lambda: UNETR(64, feature_size=16),
         (1, 1, 64, 64, 64),
-        r"vit\.blocks\.\d+|(encoder|decoder)\d",
+        UNETR_STAGES,
     ),
     Case(
         "SwinUNETR, 64^3 b1, r 8",
@@ -99,55 +135,82 @@ CASES = [
         (1, 1, 64, 64, 64),
         r"swinViT\.layers\d\.0\.blocks\.\d+|(encoder|decoder)\d+",
     ),
+    DYNUNET,
+    CVTGAN,
+]
+# What a GPU is bought for.
+GPU_CASES = [
+    CVTGAN._replace(label="CVT-GAN, PETITE, 64^3 b8", size=(8, 1, 64, 64, 64)),
     Case(
-        "DynUNet, 64^3 b1, r 8",
-        _dynunet,
-        (1, 1, 64, 64, 64),
-        r"input_block|bottleneck|downsamples\.\d|upsamples\.\d",
+        "UNETR, 96^3 b2, r 8",
+        lambda: UNETR(96, feature_size=16),
+        (2, 1, 96, 96, 96),
+        UNETR_STAGES,
     ),
-    Case(
-        "CVT-GAN, PETITE, 64^3 b1",
-        CVTGANGenerator,
-        (1, 1, 64, 64, 64),
-        r"(en|de)coder_layer\d(_down|_up)?",
-        r=None,
-    ),
+    DYNUNET._replace(label="DynUNet, 96^3 b2, r 8", size=(2, 1, 96, 96, 96)),
 ]
 
 
-def run(device: str, quick: bool) -> list[dict[str, Any]]:
-    """Measure every case; a list of records."""
-    records = []
+def run(quick: bool) -> Iterator[dict[str, Any]]:
+    """Measure every case on the CPU, in float32; a record for each."""
     for case in CASES:
-        torch.manual_seed(0)
-        net = case.build().to(device)
-        small = isinstance(net, Blocks)
-        repeats = (5 if small else 2) if quick else (15 if small else 5)
-        providers = _providers(case, net, device)
-        figures = compare(providers, device, repeats, warmup=0 if quick else 1)
-        figures["floor"] = dict(figures["frozen"])
-        unit = 4 * math.prod(case.size)
-        records.append({"case": case.label, "unit_bytes": unit, "providers": figures})
-    return records
+        providers = _providers(case, Setting(backend=our_backends()[-1]))
+        figures = compare(providers, "cpu", _repeats(case, quick), warmup=0 if quick else 1)
+        yield _record(case, figures)
 
 
-def _providers(case: Case, net: nn.Module, device: str) -> list[Provider]:
+def gpu_run(quick: bool) -> Iterator[dict[str, Any]]:
+    """Measure every case on the GPU, under autocast to bfloat16; a record for each."""
+    more = tuple(name for name in gpu.backends() if name == "triton")
+    for case in [*GPU_CASES, *CASES]:
+        yield gpu_record(
+            case, Setting("cuda", torch.bfloat16, gpu.LAST, more=more), _repeats(case, quick)
+        )
+
+
+def gpu_record(case: Case, setting: Setting, repeats: int) -> dict[str, Any]:
+    """The record of a case, in which a provider may fail."""
+    providers = _providers(case, setting)
+    return _record(case, gpu.measured(case.label, providers, setting.device, repeats, warmup=1))
+
+
+def _repeats(case: Case, quick: bool) -> int:
+    if case.small:
+        return 5 if quick else 15
+    return 2 if quick else 5
+
+
+def _record(case: Case, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    figures["floor"] = dict(figures["frozen"])
+    return {"case": case.label, "unit_bytes": 4 * math.prod(case.size), "providers": figures}
+
+
+def _providers(case: Case, setting: Setting) -> list[Provider]:
     """Full fine-tuning, the frozen network, what others do, and ours."""
-    x = torch.randn(case.size, device=device)
+    torch.manual_seed(0)
+    net = case.build().to(setting.device)
+    x = torch.randn(case.size, device=setting.device).to(memory_format=setting.layout)
     with_gradient = x.clone().requires_grad_()
-    if isinstance(net, Blocks):  # a piece of a network: its input comes from a layer
+    if case.small:  # its input comes from a layer
         x = with_gradient
     targets = [
         name for name, m in net.named_modules() if type(m) is nn.Conv3d and max(m.kernel_size) == 3
     ]
-    # Without grad_x a frozen network has no backward.
-    found = [provider("full", net, x), provider("frozen", frozen(net), with_gradient)]
+    found: list[Provider] = []
+
+    def add(name: str, module: nn.Module, x: torch.Tensor, backend: str | None = None) -> None:
+        if setting.layout != torch.contiguous_format:
+            module.to(memory_format=setting.layout)
+        found.append(provider(name, module, x, backend=backend, autocast=setting.autocast))
+
+    add("full", net, x)
+    add("frozen", frozen(net), with_gradient)  # without grad_x it has no backward
     if case.r is None:
         configs: dict[str, Any] = {"petite": petite_recipe("cvtgan"), "ssf": SSFConfig()}
         reason = "HF PEFT has neither channel prompts nor BitFit"
         found.append(Provider("peft", None, None, why_not=reason))
         theirs: Any = plain(get_peft_model(copy.deepcopy(net), configs["petite"]))
-        found.append(provider("plain", randomise_b(copy.deepcopy(theirs)), x))
+        add("plain", randomise_b(copy.deepcopy(theirs)), x)
     else:
         options: dict[str, Any] = {
             "r": case.r, "lora_alpha": 2 * case.r, "lora_dropout": case.dropout,
@@ -159,18 +222,21 @@ def _providers(case: Case, net: nn.Module, device: str) -> list[Provider]:
             "bitfit": BitFitConfig(),
         }
         theirs = hf_peft(net, case.r, case.dropout, targets)
-        found.append(provider("peft", randomise_b(copy.deepcopy(theirs)), x))
+        add("peft", randomise_b(copy.deepcopy(theirs)), x)
     for name, change in (
         ("checkpoint", lambda module: checkpointed(module, case.stages)),
         ("memsave", memsave),
     ):
-        found.append(provider(name, change(randomise_b(copy.deepcopy(theirs))), x))
-    backend = our_backends(device)[-1]
+        add(name, change(randomise_b(copy.deepcopy(theirs))), x)
     for name, config in configs.items():
         # Whole networks take seconds per step: one of ours in 8 bits is enough there.
-        in_8_bits = isinstance(net, Blocks) or name == next(iter(configs))
+        in_8_bits = case.small or name == next(iter(configs))
         for memory in ("exact", "int8") if in_8_bits else ("exact",):
             ours = randomise_b(get_peft_model(copy.deepcopy(net), config, memory=memory))
             label = f"ours-{name}" + ("" if memory == "exact" else "-int8")
-            found.append(provider(label, ours, x, backend=backend))
+            add(label, ours, x, setting.backend)
+    first = f"ours-{next(iter(configs))}"
+    for backend in setting.more:
+        again = next(step for step in found if step.name == first)
+        found.append(again._replace(name=f"{first}-{backend}", backend=backend))
     return found

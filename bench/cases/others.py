@@ -74,7 +74,8 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        x = torch.zeros(ctx.size, device=grad_y.device) if x is None else x
+        if x is None:
+            x = torch.zeros(ctx.size, device=grad_y.device, dtype=grad_y.dtype)
         wants = list(ctx.needs_input_grad[:3])
         sizes = [weight.shape[1] * ctx.geometry[5] if ctx.geometry[3] else weight.shape[0]]
         grads = torch.ops.aten.convolution_backward(grad_y, x, weight, sizes, *ctx.geometry, wants)
@@ -131,9 +132,13 @@ def memsave(net: nn.Module) -> nn.Module:
 
 
 def _convolution(conv: Any, x: Tensor) -> Tensor:
-    transposed = isinstance(conv, nn.ConvTranspose3d)
+    transposed, kind = isinstance(conv, nn.ConvTranspose3d), x.device.type
+    tensors = [x, conv.weight, conv.bias]
+    if torch.is_autocast_enabled(kind):  # which does not see through a Function
+        dtype = torch.get_autocast_dtype(kind)
+        tensors = [None if each is None else each.to(dtype) for each in tensors]
     return _Convolution.apply(
-        x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, transposed,
+        *tensors, conv.stride, conv.padding, conv.dilation, transposed,
         conv.output_padding, conv.groups,
     )  # fmt: skip
 

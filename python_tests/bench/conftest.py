@@ -15,5 +15,7 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 def _bench_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(BENCH))
     yield
-    for name in [n for n in sys.modules if n.split(".")[0] in ("cases", "measure", "report")]:
+    for name in [
+        n for n in sys.modules if n.split(".")[0] in ("cases", "gpu", "measure", "report", "run")
+    ]:
         del sys.modules[name]

@@ -21,7 +21,7 @@ def _result(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "device": "cpu",
         "quick": True,
         "machine": measure.machine("cpu"),
-        "cases": ops.run("cpu", quick=True),
+        "cases": list(ops.run(quick=True)),
     }
 
 
@@ -56,7 +56,7 @@ def test_kernels_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         yield from kernels.Conv(4, 2, 3, 2, 2, transposed=True).kernels("forward")
 
     monkeypatch.setattr(kernels, "kernels", tiny)
-    records = json.loads(json.dumps(kernels.run("cpu", quick=True)))
+    records = json.loads(json.dumps(list(kernels.run(quick=True))))
     forward, backward, transposed = records
     assert forward["flops"] == 2 * 27 * 4 * 8 * 6**3
     assert forward["bytes"] == 4 * (4 * 6**3 + 8 * 6**3 + 27 * 4 * 8)
@@ -74,21 +74,15 @@ def test_kernels_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_every_measured_kernel_equals_torch() -> None:
     from cases import kernels
+    from gpu import tensors
 
     torch.manual_seed(0)
     for kernel in kernels.kernels():
-        wanted, found = _tensors(kernel.torch()), _tensors(kernel.ours())
+        wanted, found = tensors(kernel.torch()), tensors(kernel.ours())
         assert len(wanted) == len(found) > 0, kernel.label
         for theirs, ours in zip(wanted, found, strict=True):
             error = (ours.flatten() - theirs.flatten()).norm() / theirs.norm()
             assert error < 1e-4, f"{kernel.label}: {error}"
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    """What a kernel gives, empty tensors and None left out."""
-    if isinstance(value, torch.Tensor):
-        return [value] if value.numel() else []
-    return [tensor for each in value or () for tensor in _tensors(each)]
 
 
 def test_forced_backend_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

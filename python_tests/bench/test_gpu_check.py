@@ -48,7 +48,8 @@ def test_plan(repository: Path, tmp_path: Path) -> None:
 
     found = {part.name: part for part in gpu_check.plan(repository, tmp_path)}
     assert list(found) == [
-        "build", "tests", "memcheck", "racecheck", "tune", "bench-ops", "bench-memory",
+        "build", "tests", "bench-kernels", "memcheck", "racecheck", "tune", "bench-ops",
+        "bench-memory",
     ]  # fmt: skip
     files = [word for word in found["tests"].command if word.endswith(".py")]
     assert all((repository / file).is_file() for file in files)
