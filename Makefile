@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SOURCES := $(shell find csrc petite_fast -type f -not -name '*.so' -not -path '*/__pycache__/*')
 BUILD := setup.py pyproject.toml CMakeLists.txt MANIFEST.in constraints.txt
 
-.PHONY: demo test test-peft sanitize bench gpu-check lint clean
+.PHONY: demo test test-peft test-triton sanitize bench gpu-check lint clean
 
 # The commands and what they need.
 demo: $(VENV)/app
@@ -19,6 +19,11 @@ test: $(VENV)/dev
 test-peft: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/peft-0.18 peft==0.18.1
 	PYTHONPATH=$(VENV)/peft-0.18 $(BIN)/pytest python_tests/peft/test_hugging_face.py python_tests/peft/test_hugging_face_options.py
+
+# The Triton kernels compiled ahead of time by the oldest Triton that is supported.
+test-triton: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/triton-3.6 triton==3.6.0
+	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/pytest $(wildcard python_tests/backends/test_triton_*.py) -k "compiled or reasons"
 
 # The tests of the native kernels with every read and write checked (GCC).
 sanitize: $(VENV)/dev

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -87,7 +88,7 @@ def compile_kernel(
     return compile_source(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def registers(kernel: Any, folder: Path) -> int:
+def registers(kernel: Any, folder: Path, spills_allowed: bool = False) -> int:
     """Registers per thread of a compiled kernel, which spills none."""
     import triton.backends.nvidia
 
@@ -97,7 +98,7 @@ def registers(kernel: Any, folder: Path) -> int:
     usage = subprocess.run(
         [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
     ).stdout
-    assert re.search(r"STACK:0 .*LOCAL:0 ", usage), usage
+    assert spills_allowed or re.search(r"STACK:0 .*LOCAL:0 ", usage), usage
     return int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
 
 
@@ -105,12 +106,20 @@ MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program can have
 
 
+def is_old() -> bool:
+    """Triton 3.6, the oldest that is supported (`make test-triton`)."""
+    return importlib.metadata.version("triton").startswith("3.6.")
+
+
 def check_compiled(kernel: Any, capability: int, precision: str, folder: Path) -> None:
-    """Matrix instructions unless in full float32, nothing spilled, shared memory that exists."""
-    ptx = kernel.asm["ptx"]
+    """Matrix instructions unless in full float32, nothing spilled, shared memory that exists.
+
+    Triton 3.6 takes an older matrix instruction here and there, and spills for sm_100.
+    """
+    ptx, old = kernel.asm["ptx"], is_old()
     assert f".target sm_{capability}" in ptx
-    assert (MATRIX[capability] in ptx) == (precision != "full")
+    assert old or (MATRIX[capability] in ptx) == (precision != "full")
     assert any(name in ptx for name in MATRIX.values()) == (precision != "full")
     assert kernel.metadata.shared <= SHARED[capability]
     assert capability < 100 or kernel.metadata.tmem_size <= 512  # columns of tensor memory
-    assert registers(kernel, folder) <= 255
+    assert registers(kernel, folder, old and capability == 100) <= 255

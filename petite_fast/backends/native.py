@@ -98,6 +98,8 @@ def can_run_effective_weight(
     """Whether `effective_weight` takes these arguments, and why not."""
     device = weight.device
     if device.type == "cuda":
+        if settings.backend() != "native":
+            return False, "not measured yet; PETITE_FAST_BACKEND=native takes it"
         possible, reason = cuda_available(device.index)
     elif device.type == "cpu":
         possible, reason = available()

@@ -275,7 +275,8 @@ def test_a_missing_module_is_a_reason_and_not_a_failure(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cuda(form, dtype):
+def test_cuda(form, dtype, monkeypatch):
+    monkeypatch.setenv("PETITE_FAST_BACKEND", "native")
     shape, groups, transposed = FORMS[form]
     weight, lora_A, lora_B, gamma = operands(shape, groups, transposed, 9, True, dtype)
     arguments = (weight, lora_A, lora_B, 2.0, gamma, groups, transposed, dtype)

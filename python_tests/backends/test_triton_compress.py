@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_kernels import (
     DTYPES,
     compile_kernel,
@@ -159,6 +160,25 @@ def test_forced_on_a_cpu_tensor_is_one_clear_error(monkeypatch: pytest.MonkeyPat
         quantise(torch.ones(300), 1)
 
 
+def test_taken_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has measured these kernels on a GPU."""
+    monkeypatch.delenv("PETITE_FAST_BACKEND", raising=False)
+    monkeypatch.setattr(backend, "_can_run", lambda device, count: (True, ""))
+    with FakeTensorMode():
+        x, seed = torch.empty(300, device="cuda"), torch.empty((), dtype=torch.int64)
+        codes = torch.empty(512, dtype=torch.int8, device="cuda")
+        scales = torch.empty(2, device="cuda")
+    asked = (
+        lambda: backend.can_run_quantise(x, seed),
+        lambda: backend.can_run_dequantise(codes, scales, (300,), (1,), torch.float32),
+        lambda: backend.can_run_dropout(x, 0.1, seed),
+    )
+    for ask in asked:
+        assert ask() == (False, "not measured yet; PETITE_FAST_BACKEND=triton takes it")
+    monkeypatch.setenv("PETITE_FAST_BACKEND", "triton")
+    assert [ask() for ask in asked] == [(True, "")] * 3
+
+
 @compiler
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     backend.available.cache_clear()
@@ -178,7 +198,10 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_cuda_same_bits_as_eager(dtype: torch.dtype, kind: str) -> None:
+def test_cuda_same_bits_as_eager(
+    dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PETITE_FAST_BACKEND", "triton")
     for count in (1, 255, 257, 4096 * 300 + 7):
         x, seed = draw(count, dtype, kind), torch.tensor(2**40 + 3)
         moved = x.cuda()
@@ -193,3 +216,17 @@ def test_cuda_same_bits_as_eager(dtype: torch.dtype, kind: str) -> None:
         theirs = eager_compress.dequantise(wanted_codes, wanted_scales, x.shape, x.stride(), dtype)
         assert torch.equal(ours.cpu().isnan(), theirs.isnan())
         assert torch.equal(ours.cpu().nan_to_num(0), theirs.nan_to_num(0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_cuda_dropout_same_bits_as_eager(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PETITE_FAST_BACKEND", "triton")
+    for count in (1, 255, 257, 4096 * 300 + 7):
+        x, seed = draw(count, dtype, "plain"), torch.tensor(2**40 + 3)
+        assert backend.can_run_dropout(x.cuda(), 0.3, seed) == (True, "")
+        ours = backend.dropout(x.cuda(), 0.3, seed).cpu()
+        assert torch.equal(ours, eager_random.dropout(x, 0.3, seed))

@@ -48,7 +48,7 @@ def _can_run(device: torch.device, elements: int) -> tuple[bool, str]:
 
 def can_run_quantise(x: torch.Tensor, seed: torch.Tensor) -> tuple[bool, str]:
     """Whether `quantise` takes these arguments, and why not."""
-    return _can_run(x.device, x.numel())
+    return _can_run_unmeasured(x)
 
 
 def quantise(x: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +67,7 @@ def can_run_dequantise(
     dtype: torch.dtype,
 ) -> tuple[bool, str]:
     """Whether `dequantise` takes these arguments, and why not."""
-    return _can_run(codes.device, codes.numel())
+    return _can_run_unmeasured(codes)
 
 
 def dequantise(
@@ -88,7 +88,7 @@ def can_run_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> tuple[bool
     """Whether `dropout` takes these arguments, and why not."""
     if x.dtype == torch.float64:
         return False, "no kernel for torch.float64"
-    return _can_run(x.device, x.numel())
+    return _can_run_unmeasured(x)
 
 
 def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ def _wins(op: str, *args: Any) -> tuple[bool, str]:
 def _can_run_unmeasured(tensor: torch.Tensor) -> tuple[bool, str]:
     """For kernels that `tune` does not measure: only where they are asked for."""
     if tensor.device.type == "cuda" and settings.backend() != "triton":
-        return False, "not measured yet against cuDNN; PETITE_FAST_BACKEND=triton takes it"
+        return False, "not measured yet; PETITE_FAST_BACKEND=triton takes it"
     return _can_run(tensor.device, tensor.numel())
 
 

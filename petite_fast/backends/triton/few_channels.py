@@ -207,8 +207,11 @@ def constants(
     single = not lasts[0] or run % 16 != 0
     taps = math.prod(math.ceil(k / s) for k, s in zip(kernel, step, strict=True))
     inner = 16 if plain else inner_block(taps * channels, dtype)
-    # Single values have an address each, in registers; no matrix instruction, no narrow product.
-    most = 32 if plain else 64 if single else 128
+    # Single values have an address each, in registers, and so has each value of a result that is
+    # written channel by channel; no matrix instruction, no narrow product. Larger blocks spill in
+    # Triton 3.6.
+    wide = single or not lasts[1]
+    most = 32 if plain else 64 if wide else 128
     columns = min(most, max(16 if plain else 8, triton.next_power_of_2(outputs)))
     blocks: dict[str, Any] = {
         "CHANNELS": channels,
@@ -224,10 +227,10 @@ def constants(
         "SINGLE": single,
         "PRECISION": precision,
         "ROWS": ROWS,
-        "INNER": min(32, inner) if single else inner,
+        "INNER": min(16, inner) if single else inner,
         "COLUMNS": columns,
     }
-    warps = 8 if columns == 128 or single else 4
+    warps = 8 if columns == 128 or single or (wide and columns == 64) else 4
     return blocks, {"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True}
 
 
