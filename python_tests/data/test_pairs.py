@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicom_cases import SECRET, make_series
+from ecat_cases import make_ecat
 from pet_trees import SPACING, bids_tree, dynamic_tree, save
 
-from petite_fast.data import read_pairs, read_volume, to_suv
+from petite_fast.data import read_pairs, read_volume, to_static, to_suv
 from petite_fast.data.bids import images
 from petite_fast.data.pairs import Recipe, make_pairs
 from petite_fast.data.validate import validate
@@ -42,6 +43,18 @@ def test_frames_of_a_bids_tree(tmp_path: Path) -> None:
     assert [problem for problem in validate(listing)[1] if problem.fatal] == []
     folds = [read_pairs(listing, 0, split) for split in ("training", "validation", "test")]
     assert [len(pairs) for pairs in folds] == [3, 1, 1]
+
+
+def test_frames_of_dicom_and_ecat(tmp_path: Path) -> None:
+    """Series of other formats, of one pair each: both are in Bq/mL."""
+    scans = [make_series(tmp_path / "pet", frames=3), make_ecat(tmp_path / "a.v", 3)]
+    listing = make_pairs(scans, tmp_path / "out", Recipe(short=1))
+    for entry, scan in zip(entries(listing), scans, strict=True):
+        series = read_volume(scan)
+        short, standard = (read_volume(listing.parent / entry[k]) for k in ("image", "label"))
+        np.testing.assert_array_equal(short.array, series.array[1])
+        np.testing.assert_array_equal(standard.array, to_static(series).array)
+        np.testing.assert_allclose(standard.affine, series.affine, atol=1e-5)
 
 
 def test_only_the_frames_that_are_named_make_the_standard_scan(tmp_path: Path) -> None:
