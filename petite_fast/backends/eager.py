@@ -264,12 +264,12 @@ def _is_product(
 
 def conv_layout(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
     """Memory format of the output: channels_last_3d if x or the weight has it, as in PyTorch."""
-    if is_channels_last(x) or is_channels_last(weight):
+    if has_last_strides(x) or has_last_strides(weight):
         return torch.channels_last_3d
     return torch.contiguous_format
 
 
-def is_channels_last(t: torch.Tensor) -> bool:
+def has_last_strides(t: torch.Tensor) -> bool:
     """Whether the strides of t [N, C, D, H, W] are like channels_last_3d's, by PyTorch's rule.
 
     They decide for one channel, where both formats have the same elements in the same places, and

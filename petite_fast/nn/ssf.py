@@ -12,6 +12,7 @@ from petite_fast.nn.adapted import AdaptedLayer
 from petite_fast.nn.frozen import conv_arguments, freeze, output_padding, require_type
 from petite_fast.nn.norm import FixedBatchNorm3d, require_statistics
 from petite_fast.ops import adapted_conv, adapted_linear, effective_weight
+from petite_fast.ops.library import autocast_on
 from petite_fast.ops.scale_shift import scale_shift
 
 
@@ -216,7 +217,7 @@ class _SSFNorm(SSFLayer):
         if own is not None:
             return weight.to(own.dtype), bias.to(own.dtype)
         dtype, kind = x.dtype, x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if autocast_on(kind):
             dtype = torch.promote_types(dtype, torch.float32)
         return weight.to(dtype), bias.to(dtype)
 

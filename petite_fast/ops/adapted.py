@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from petite_fast.backends.eager import conv_layout, is_channels_last, scale_outputs
+from petite_fast.backends.eager import conv_layout, has_last_strides, scale_outputs
 from petite_fast.ops import library, remade
-from petite_fast.ops.library import below_autocast, first_order
+from petite_fast.ops.library import autocast_on, below_autocast, first_order
 
 _LAST = torch.channels_last_3d
 # dgamma is read off the output as sum dy (y - beta) / gamma only where that division is harmless.
@@ -168,11 +168,7 @@ def compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
         TypeError: x and weight differ and no autocast says which to use.
     """
     kind = x.device.type
-    if (
-        torch.amp.is_autocast_available(kind)
-        and torch.is_autocast_enabled(kind)
-        and x.dtype != torch.float64
-    ):
+    if autocast_on(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     if x.dtype != weight.dtype:
         raise TypeError(
@@ -301,7 +297,7 @@ def _gradients(grad_y: torch.Tensor, ctx: Any) -> tuple[torch.Tensor | None, ...
     settings: Settings = ctx.settings
     map_, scale, dtype, plan = settings
     *saved, weight, bias, lora_A, lora_B, gamma, beta = ctx.saved_tensors
-    if ctx.channels_last and not is_channels_last(grad_y):
+    if ctx.channels_last and not has_last_strides(grad_y):
         grad_y = torch.empty_like(grad_y, memory_format=_LAST).copy_(grad_y)
     need_x, need_w, need_b, need_a, need_B, need_gamma, need_beta = ctx.needs_input_grad[:7]
     grad_x = grad_w = grad_b = grad_a = grad_B = grad_gamma = grad_beta = None

@@ -21,13 +21,24 @@ _library = torch.library.Library("petite_fast", "DEF")
 _CONV = "int[] stride, int[] padding, int[] dilation"
 
 
+# Asked once: a graph that is compiled by torch 2.11 cannot ask.
+_AUTOCAST_KINDS = tuple(
+    kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(kind)
+)
+
+
+def autocast_on(kind: str) -> bool:
+    """Whether autocast is on for devices of this kind, which may have none ("meta")."""
+    return kind in _AUTOCAST_KINDS and torch.is_autocast_enabled(kind)
+
+
 def below_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with autocast off; its first argument is a tensor that names the device."""
 
     @functools.wraps(function)
     def run(tensor: torch.Tensor, *args: Any) -> Any:
         kind = tensor.device.type
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        if not autocast_on(kind):
             return function(tensor, *args)
         with torch.autocast(kind, enabled=False):
             return function(tensor, *args)

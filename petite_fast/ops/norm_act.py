@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from petite_fast.backends.eager_norm_act import channel_axis, in_layout, is_channels_last
 from petite_fast.ops import compress, library, remade
-from petite_fast.ops.library import below_autocast, first_order
+from petite_fast.ops.library import autocast_on, below_autocast, first_order
 from petite_fast.ops.norm_act_plan import Plan, Spec, make_plan
 
 NORMS = ("instance", "group", "batch", "layer")
@@ -236,11 +236,7 @@ def _output_dtype(
     """The dtype of torch's functions in that order: autocast lowers prelu, on CUDA it raises
     layer and group norm to float32; a residual promotes."""
     kind, dtype = x.device.type, x.dtype
-    autocast = (
-        torch.amp.is_autocast_available(kind)
-        and torch.is_autocast_enabled(kind)
-        and dtype != torch.float64
-    )
+    autocast = autocast_on(kind) and dtype != torch.float64
     lowers = autocast and activation == "prelu"
     if lowers and act_first:
         dtype = torch.get_autocast_dtype(kind)

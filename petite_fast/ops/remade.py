@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from petite_fast.ops import compress
-from petite_fast.ops.library import first_order
+from petite_fast.ops.library import autocast_on, first_order
 
 _NAME = "_petite_fast_remade"
 
@@ -158,7 +158,7 @@ class _Again:
 
     def __init__(self, function: Callable[[Tensor], Tensor], kind: str) -> None:
         self.function, self.kind = function, kind
-        on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        on = autocast_on(kind)
         self.dtype = torch.get_autocast_dtype(kind) if on else None
 
     def autocast(self) -> Any:

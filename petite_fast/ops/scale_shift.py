@@ -57,7 +57,8 @@ class _ScaleShift(torch.autograd.Function):
         ctx.channel_dim = channel_dim
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, gamma, beta)
         y = torch.addcmul(_view(beta, x, channel_dim), x, _view(gamma, x, channel_dim))
-        return y.to(x.dtype)
+        # A .to() that does nothing loses the gradient in a graph compiled by torch 2.11.
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     @first_order

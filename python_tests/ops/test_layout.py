@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from petite_fast import LoraConfig, LoRAConv3d, LoRAConvTranspose3d, get_peft_model
-from petite_fast.backends.eager import is_channels_last
+from petite_fast.backends.eager import has_last_strides
 from petite_fast.ops import library
 
 LAST, DENSE = torch.channels_last_3d, torch.contiguous_format
@@ -46,18 +46,18 @@ def test_the_output_has_the_layout_of_x_or_the_weight(
     x = volume(inputs, x_layout)
     y = ours(x)
     last = LAST in (x_layout, weight_layout)  # torch's rule, on a CPU only where it takes oneDNN
-    assert is_channels_last(y) == last
+    assert has_last_strides(y) == last
     (grad_x,) = torch.autograd.grad(y, x, torch.empty_like(y, memory_format=DENSE).normal_())
-    assert is_channels_last(grad_x) == last or inputs == 1  # where the two are the same
+    assert has_last_strides(grad_x) == last or inputs == 1  # where the two are the same
 
 
 def test_part_of_the_channels_is_channels_last() -> None:
     """The gradients of a concatenation are such parts."""
     whole = volume(8, LAST).detach()
-    assert is_channels_last(whole[:, 2:5]) and not whole[:, 2:5].is_contiguous(memory_format=LAST)
-    assert not is_channels_last(volume(8, DENSE).detach()[:, 2:5])
-    assert not is_channels_last(torch.zeros(1).expand(2, 8, 6, 6, 6))
-    assert not is_channels_last(whole[:0]) and not is_channels_last(torch.zeros(2, 1, 1, 1, 1))
+    assert has_last_strides(whole[:, 2:5]) and not whole[:, 2:5].is_contiguous(memory_format=LAST)
+    assert not has_last_strides(volume(8, DENSE).detach()[:, 2:5])
+    assert not has_last_strides(torch.zeros(1).expand(2, 8, 6, 6, 6))
+    assert not has_last_strides(whole[:0]) and not has_last_strides(torch.zeros(2, 1, 1, 1, 1))
 
 
 def test_a_network_stays_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_a_network_stays_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def counted(first: torch.Tensor, *rest: object) -> torch.Tensor:
             if first.shape[1] > 1:
-                seen[op, is_channels_last(first)] += 1
+                seen[op, has_last_strides(first)] += 1
             return run(first, *rest)
 
         monkeypatch.setattr(library, op, counted)
