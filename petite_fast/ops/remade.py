@@ -165,7 +165,7 @@ class _Again:
         """A context with that mode."""
         if self.dtype is None:
             return nullcontext()
-        # Before torch 2.10 the cache gave weights that were cast without a graph to one with it.
+        # In torch 2.9 the cache hands weights that were cast without a graph to one with it.
         return torch.autocast(self.kind, dtype=self.dtype, cache_enabled=False)
 
     def without_graph(self, x: Tensor) -> Tensor:
