@@ -152,3 +152,15 @@ def test_axis_whose_square_is_no_number(tmp_path: Path, size: float) -> None:
     nib.save(nib.Nifti2Image(voxels(), np.diag([1.0, 2, 3, 1])), tmp_path / "a.nii")
     patched(tmp_path / "a.nii", 400, struct.pack("<d", size))  # srow_x[0]
     refused(tmp_path / "a.nii", "affine is singular")
+
+
+def test_a_compressed_header_cannot_claim_more_than_the_file_can_hold(tmp_path: Path) -> None:
+    """Nothing is made for frames that are only claimed: their numbers alone would fill memory."""
+    nib.save(nib.Nifti2Image(np.ones((3, 4, 5, 2), np.float32), np.eye(4)), tmp_path / "a.nii")
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[48:56] = (2**40).to_bytes(8, "little")  # dim[4]
+    path = tmp_path / "b.nii.gz"
+    path.write_bytes(gzip.compress(bytes(content)))
+    refused(path, "truncated, at most", "(3, 4, 5, 1099511627776)")
+    zeros = save(tmp_path / "zeros.nii.gz", np.zeros((100, 100, 100), np.float32))
+    assert not read_volume(zeros).array.any()  # compressed as far as it goes
