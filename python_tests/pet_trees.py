@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,41 +74,40 @@ def save_json(path: Path, content: object) -> Path:
     return path
 
 
-def bids_tree(root: Path, subjects: int = 5, sessions: int = 1) -> Path:
-    """rec-short and rec-standard of each visit; the sidecar at the root serves them all."""
+def _visits(
+    root: Path, sidecar: dict[str, Any], subjects: int, sessions: int
+) -> Iterator[tuple[int, Path, str]]:
+    """Write what lies at the root; a number, the folder and the stem of names of each visit."""
     save_json(root / "dataset_description.json", {"Name": "Test", "BIDSVersion": "1.10.0"})
-    save_json(root / "pet.json", SIDECAR)
+    save_json(root / "pet.json", sidecar)
     rows = ["participant_id\tage\tweight"]
+    rows += [f"sub-{k:02d}\t50\t{60 + k}" for k in range(1, subjects + 1)]
+    (root / "participants.tsv").write_text("\n".join(rows) + "\n")
     for k in range(1, subjects + 1):
-        rows.append(f"sub-{k:02d}\t50\t{60 + k}")
         for s in range(1, sessions + 1):
             visit = f"ses-{s}" if sessions > 1 else ""
             folder = root / f"sub-{k:02d}" / visit / "pet"
-            stem = f"sub-{k:02d}{'_' + visit if visit else ''}_trc-FDG"
-            for kind, factor, seconds in (("short", 1, 300), ("standard", 2, 1800)):
-                name = f"{stem}_rec-{kind}_pet"
-                save(folder / f"{name}.nii.gz", factor * scan(10 * k + s))
-                save_json(folder / f"{name}.json", {"FrameDuration": [seconds]})
-    (root / "participants.tsv").write_text("\n".join(rows) + "\n")
+            yield 10 * k + s, folder, f"sub-{k:02d}{'_' + visit if visit else ''}_trc-FDG"
+
+
+def bids_tree(root: Path, subjects: int = 5, sessions: int = 1) -> Path:
+    """rec-short and rec-standard of each visit; the sidecar at the root serves them all."""
+    for number, folder, stem in _visits(root, SIDECAR, subjects, sessions):
+        for kind, factor, seconds in (("short", 1, 300), ("standard", 2, 1800)):
+            name = f"{stem}_rec-{kind}_pet"
+            save(folder / f"{name}.nii.gz", factor * scan(number))
+            save_json(folder / f"{name}.json", {"FrameDuration": [seconds]})
     return root
 
 
 def dynamic_tree(root: Path, subjects: int = 3, sessions: int = 1) -> Path:
     """One series of six 5-minute frames per visit; times, units and dose stand at the root."""
     times = {"FrameTimesStart": [1800 + 300 * t for t in range(6)], "FrameDuration": [300] * 6}
-    save_json(root / "dataset_description.json", {"Name": "Test", "BIDSVersion": "1.10.0"})
-    save_json(root / "pet.json", SIDECAR | times)
-    rows = ["participant_id\tweight"]
-    for k in range(1, subjects + 1):
-        rows.append(f"sub-P{k}\t{60 + k}")
-        for s in range(1, sessions + 1):
-            visit = f"ses-{s}" if sessions > 1 else ""
-            folder = root / f"sub-P{k}" / visit / "pet"
-            name = f"sub-P{k}{'_' + visit if visit else ''}_trc-FDG_pet.nii.gz"
-            folder.mkdir(parents=True)
-            series = np.stack([scan(100 * k + 10 * s + t) for t in range(6)], axis=3)
-            nib.save(nib.Nifti1Image(series, np.diag([*SPACING, 1.0])), folder / name)
-    (root / "participants.tsv").write_text("\n".join(rows) + "\n")
+    for number, folder, stem in _visits(root, SIDECAR | times, subjects, sessions):
+        folder.mkdir(parents=True)
+        series = np.stack([scan(10 * number + t) for t in range(6)], axis=3)
+        image = nib.Nifti1Image(series, np.diag([*SPACING, 1.0]))
+        nib.save(image, folder / f"{stem}_pet.nii.gz")
     return root
 
 

@@ -30,8 +30,6 @@ from petite_fast.data.volume import Volume, read_volume, write_like
 from petite_fast.errors import InputError
 from petite_fast.files import atomic_folder, write_json
 
-COUNTS = 100.0
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -51,7 +49,7 @@ class Recipe:
     short: int | None = None
     standard: tuple[int, ...] | None = None
     doses: tuple[int, ...] = ()
-    counts: float = COUNTS
+    counts: float = 100.0
     suv: Kind | None = None
     scanner: str | None = None
     seed: int = 0
@@ -184,7 +182,7 @@ def _write(
     standard = scan.volume
     if standard.frame_count > 1:
         standard = to_static(standard, recipe.standard)
-    voxels = standard.array
+    (voxels,) = standard.frames()  # not its `array`, which it would keep
     require_signal(voxels, scan.path)
     write_like(standard, voxels, folder / label)
     total = recipe.counts * float(np.maximum(voxels, 0).sum(dtype=np.float64))

@@ -268,7 +268,7 @@ def _run(
     settings: Settings,
 ) -> torch.Tensor:
     w = _build_weight(settings, weight, lora_A, lora_B, gamma)
-    if weight.dim() == 5 and conv_layout(x, w) != conv_layout(x, weight):
+    if weight.dim() == 5 and has_last_strides(weight) and conv_layout(x, w) != _LAST:
         # W_eff is contiguous; from here on volumes have the frozen weight's memory format.
         w = torch.empty_like(w, memory_format=_LAST).copy_(w)
     if bias is not None and gamma is not None:

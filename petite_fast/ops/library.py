@@ -22,9 +22,8 @@ _CONV = "int[] stride, int[] padding, int[] dilation"
 
 
 # Asked once: a graph that is compiled by torch 2.11 cannot ask.
-_AUTOCAST_KINDS = tuple(
-    kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(kind)
-)
+_KINDS = "cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia", "maia", "ipu", "privateuseone"
+_AUTOCAST_KINDS = tuple(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
 
 
 def autocast_on(kind: str) -> bool:

@@ -214,7 +214,7 @@ def test_compiled_few_channels(
     )
     check_compiled(kernel, capability, precision, tmp_path)
     sizes, stores = accesses(kernel)
-    assert sizes <= bytes_loaded and (16 in sizes) == (16 in bytes_loaded)
+    assert sizes <= bytes_loaded and max(sizes, default=0) == max(bytes_loaded, default=0)
     assert stores == {f"st.global.{stored}"}
 
 

@@ -149,7 +149,7 @@ def test_dynamic_series_from_pairs_to_reconstruction(project, run, refused, tmp_
     network = ("--base", project.base, "--device", "cpu", "--out", derived)
     assert "a dynamic series of 6 frames" in refused("reconstruct", tree, *network)
     assert run("reconstruct", tree, *network, "--frames", "1-2").code == 0
-    (written,) = (derived / "sub-P1").rglob("*_pet.nii.gz")
+    (written,) = (derived / "sub-01").rglob("*_pet.nii.gz")
     result = read_volume(written)
     assert len(result.shape) == 3 and result.timing is not None
     assert (result.timing.start_s, result.timing.duration_s) == ((2100.0,), (600.0,))

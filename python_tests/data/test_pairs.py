@@ -13,7 +13,7 @@ from dicom_cases import SECRET, make_series
 from ecat_cases import make_ecat
 from pet_trees import SPACING, bids_tree, dynamic_tree, save
 
-from petite_fast.data import read_pairs, read_volume, to_static, to_suv
+from petite_fast.data import Volume, read_pairs, read_volume, to_static, to_suv
 from petite_fast.data.bids import images
 from petite_fast.data.pairs import Recipe, make_pairs
 from petite_fast.data.validate import validate
@@ -32,7 +32,7 @@ def test_frames_of_a_bids_tree(tmp_path: Path) -> None:
     content = json.loads(listing.read_text())
     assert content["units"] == "Bq/mL" and content["pairs"] == {"short_frame": 2}
     assert content["scanner"] == "GE MEDICAL SYSTEMS Discovery ST"
-    assert {e["subject"] for e in entries(listing)} == {f"sub-P{k}" for k in range(1, 6)}
+    assert {e["subject"] for e in entries(listing)} == {f"sub-{k:02d}" for k in range(1, 6)}
     for entry in entries(listing):
         series = read_volume(next((tree / entry["subject"]).rglob("*.nii.gz"))).array
         short, standard = (
@@ -78,10 +78,23 @@ def test_suv_by_the_weight_in_participants(tmp_path: Path) -> None:
         np.testing.assert_allclose(short, series[0] * (weight * 1000 / 388.8e6), rtol=1e-6)
 
 
+def test_one_scan_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A volume keeps its `array`, so nobody may ask for those of all scans."""
+    opened: list[Volume] = []
+    monkeypatch.setattr(
+        "petite_fast.data.pairs.read_volume",
+        lambda path: opened.append(read_volume(path)) or opened[-1],
+    )
+    static = images(bids_tree(tmp_path / "static", subjects=2))
+    make_pairs(static, tmp_path / "a", Recipe(doses=(4,)))
+    make_pairs(images(dynamic_tree(tmp_path / "dynamic")), tmp_path / "b", Recipe(short=1))
+    assert len(opened) == 7 and not [v for v in opened if "array" in vars(v)]
+
+
 def test_visits_stay_with_their_subject(tmp_path: Path) -> None:
     tree = dynamic_tree(tmp_path / "bids", subjects=3, sessions=2)
     found = entries(make_pairs(images(tree), tmp_path / "out", Recipe(short=2)))
-    assert Counter(e["subject"] for e in found) == {"sub-P1": 2, "sub-P2": 2, "sub-P3": 2}
+    assert Counter(e["subject"] for e in found) == {"sub-01": 2, "sub-02": 2, "sub-03": 2}
     assert {e["session"] for e in found} == {"ses-1", "ses-2"}
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from petite_fast import LoraConfig, LoRAConv3d, LoRAConvTranspose3d, get_peft_model
 from petite_fast.backends.eager import has_last_strides
 from petite_fast.ops import library
+from petite_fast.ops.reference import adapted_conv
 
 LAST, DENSE = torch.channels_last_3d, torch.contiguous_format
 
@@ -18,6 +19,19 @@ LAST, DENSE = torch.channels_last_3d, torch.contiguous_format
 def volume(channels: int, layout: torch.memory_format) -> torch.Tensor:
     """A leaf [2, channels, 6, 6, 6] with the strides of `layout`, one channel too."""
     return torch.empty(2, channels, 6, 6, 6, memory_format=layout).normal_().requires_grad_()
+
+
+def reference_step(
+    layer: nn.Module, conv: nn.Module, leaves: list[torch.Tensor], grad_y: torch.Tensor
+) -> list[torch.Tensor]:
+    """y and the gradients of x, A and B in float64."""
+    x, a, b = (leaf.detach().double().requires_grad_() for leaf in leaves)
+    assert conv.bias is not None
+    y = adapted_conv(
+        x, conv.weight.double(), conv.bias.double(), lora_A=a, lora_B=b, scale=layer.scaling,
+        stride=conv.stride, transposed=isinstance(conv, nn.ConvTranspose3d),
+    )  # fmt: skip
+    return [y, *torch.autograd.grad(y, (x, a, b), grad_y.double())]
 
 
 @pytest.mark.parametrize("weight_layout", [LAST, DENSE])
@@ -47,8 +61,16 @@ def test_the_output_has_the_layout_of_x_or_the_weight(
     y = ours(x)
     last = LAST in (x_layout, weight_layout)  # torch's rule, on a CPU only where it takes oneDNN
     assert has_last_strides(y) == last
-    (grad_x,) = torch.autograd.grad(y, x, torch.empty_like(y, memory_format=DENSE).normal_())
-    assert has_last_strides(grad_x) == last or inputs == 1  # where the two are the same
+    whole = torch.empty(len(y), outputs + 2, *y.shape[2:], memory_format=LAST).normal_()
+    leaves = [x, ours.lora_A, ours.lora_B]
+    exact = reference_step(ours, conv, leaves, whole[:, 1:-1])
+    grads_y = (whole[:, 1:-1], *(whole[:, 1:-1].clone(memory_format=f) for f in (LAST, DENSE)))
+    for grad_y in grads_y:
+        found = torch.autograd.grad(y, leaves, grad_y, retain_graph=True)
+        wants_last = last or has_last_strides(grad_y)
+        assert has_last_strides(found[0]) == wants_last or inputs == 1  # there the two are the same
+        for ours_, wanted in zip((y, *found), exact, strict=True):
+            torch.testing.assert_close(ours_.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_part_of_the_channels_is_channels_last() -> None:
